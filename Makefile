@@ -1,0 +1,32 @@
+# `make demo` watches a model learn, `make test` runs every test. Both install what they need into .venv first;
+# the next call starts at once. Another Python: `make demo PYTHON=python3.12`.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+READY := .venv/ready
+
+.PHONY: demo test test-fast check clean
+
+demo: $(READY)
+	@$(RUN) -m launch recipes/demo.toml
+
+test: $(READY)
+	@$(RUN) -m pytest -ra
+
+test-fast: $(READY)
+	@$(RUN) -m pytest -ra -m "not slow"
+
+check: $(READY)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m pyright
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# The file is written last, so that an interrupted installation goes on at the next call.
+$(READY): pyproject.toml install.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo 'make: "$(PYTHON)" is no Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) install.py .venv
+	@touch $@

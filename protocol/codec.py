@@ -1,0 +1,76 @@
+"""Messages <-> msgpack bytes, arrays <-> typed little-endian bytes. The only file that names msgspec's msgpack.
+
+Decoding is typed from the first byte: an unknown field, a wrong type, deep nesting or a giant declared length
+is `Malformed` before anything is built. Memory of a decoded message is bounded by its frame.
+"""
+
+import msgspec
+import numpy as np
+
+from protocol.messages import Down, Group, Up
+
+MAX_FRAME = 64 << 20
+"""Bytes; ZeroMQ disconnects a peer that sends more."""
+
+_DTYPES = {ord("H"): np.dtype("<u2"), ord("i"): np.dtype("<i4"), ord("f"): np.dtype("<f4")}
+_encoder = msgspec.msgpack.Encoder()
+_up = msgspec.msgpack.Decoder(Up)
+_down = msgspec.msgpack.Decoder(Down)
+_groups = msgspec.msgpack.Decoder(list[Group])
+
+
+class Malformed(Exception):
+    """Bytes that are no message, or no array, of this protocol."""
+
+
+def encode(message: Up | Down) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_up(frame: bytes) -> Up:
+    """A sampler's message. Raises Malformed."""
+    return _decode(_up, frame)
+
+
+def decode_down(frame: bytes) -> Down:
+    """The trainer's message. Raises Malformed."""
+    return _decode(_down, frame)
+
+
+def encode_groups(groups: list[Group]) -> bytes:
+    """For the way from rank 0 to the other ranks; the same strict decoding waits there."""
+    return _encoder.encode(groups)
+
+
+def decode_groups(data: bytes) -> list[Group]:
+    return _groups.decode(data)
+
+
+def pack(array: np.ndarray) -> bytes:
+    """[n] array of uint16, int32 or float32 -> its little-endian bytes and, last, one byte that names the type."""
+    code = ord(array.dtype.char)
+    if code not in _DTYPES or array.ndim != 1:
+        raise TypeError(f"cannot pack {array.ndim}-dimensional {array.dtype}; expected [n] uint16, int32 or float32")
+    return array.astype(_DTYPES[code], copy=False).tobytes() + bytes([code])
+
+
+def unpack(data: bytes) -> np.ndarray:
+    """The array that `pack` wrote, read-only, without a copy. Raises Malformed."""
+    dtype = _DTYPES.get(data[-1]) if data else None
+    if dtype is None or (len(data) - 1) % dtype.itemsize:
+        raise Malformed(f"{len(data)} bytes are no packed array")
+    return np.frombuffer(data, dtype, count=(len(data) - 1) // dtype.itemsize)
+
+
+def token_array(ids: list[int], vocabulary: int) -> np.ndarray:
+    """Token ids in the narrowest type that holds the vocabulary."""
+    return np.asarray(ids, np.uint16 if vocabulary <= 1 << 16 else np.int32)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes):
+    if len(frame) > MAX_FRAME:
+        raise Malformed(f"frame of {len(frame)} bytes; the limit is {MAX_FRAME}")
+    try:
+        return decoder.decode(frame)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise Malformed(str(error)) from None

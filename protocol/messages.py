@@ -1,0 +1,172 @@
+"""The protocol: every message between the trainer (ROUTER, binds) and its samplers (DEALER, connect).
+
+One message is one frame of msgpack. The trainer owns an ordered list of prompt groups and leases their ids;
+a sampler answers each lease with one Group. The id is the idempotency key: a group may be sent many times
+and is trained once. Nothing here is kept by a sampler: all of it can be lost and is asked for again.
+
+    sampler                                      trainer
+    Hello  at start and after Who          ->    Welcome, or Rejection and no more
+    Beat   every beat_s and on every change ->   Pulse (which weights), Lease (which prompts), Stop
+    Group  one answered lease, until acked ->    Ack
+    Failure  a lease that cannot be answered ->  Ack
+    Bye    ends here; leases go to others        Who: say Hello first (the trainer was restarted)
+
+A Pulse is level-triggered: it names the weights that samplers should use now, again and again, so that a lost
+one costs nothing. Integers are checked by type, arrays by `codec.unpack`, sizes by the limits below.
+Errors: a frame that does not decode is counted and dropped; a Group that makes no sense is acked `invalid`.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+PROTOCOL = 1
+"""Both sides must speak the same version; there is no negotiation."""
+
+Text = Annotated[str, Meta(max_length=256)]
+Why = Annotated[str, Meta(max_length=4096)]
+Array = Annotated[bytes, Meta(max_length=32 << 20)]
+"""A one-dimensional array as `codec.pack` wrote it."""
+Count = Annotated[int, Meta(ge=0)]
+Split = Literal["train", "eval"]
+"""Two lists of groups with their own ids; `eval` groups are scored and never trained."""
+
+
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=str.lower):
+    pass
+
+
+class Agreement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What both sides must hold to be the same; compared field by field at the handshake."""
+
+    protocol: int
+    run_id: Text
+    model: Text
+    """Fingerprint of the model's configuration."""
+    tokenizer: Text
+    """Fingerprint of vocabulary, special tokens and chat template."""
+    vocabulary: Count
+    group_size: Count
+    recipe: Text
+    """Fingerprint of the tables `data`, `sampling`, `reward` and `lora`, and of the seed."""
+
+
+class DataSet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Rows of a split and the fingerprint of their rendered prompts; the first sampler's counts for the run."""
+
+    rows: Count
+    fingerprint: Text
+
+
+class Hello(Message, frozen=True):
+    session: Text
+    """Random, new for every sampler process."""
+    agreement: Agreement
+    train: DataSet
+    eval: DataSet
+    versions: dict[Text, Text] = {}
+    """Of the libraries on the sampler's side, for the log."""
+
+
+class Beat(Message, frozen=True):
+    session: Text
+    snapshot: Text | None
+    """Loaded and verified; None before the first one."""
+    want: Count
+    """Groups that the engine could take on top of those it holds."""
+    held: Annotated[list[tuple[Split, Count]], Meta(max_length=100_000)]
+    """Leases being worked on or waiting for their ack; a lease missing here was lost."""
+    progress: Count
+    """Tokens sampled since the start; a frozen one means a stuck engine."""
+
+
+class Span(Struct, frozen=True, array_like=True):
+    """Tokens [start, end) were sampled with the weights of `snapshot`."""
+
+    snapshot: Text
+    start: Count
+    end: Count
+
+
+class Completion(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One answer. n = number of its tokens, the stop token included."""
+
+    tokens: Array
+    """[n] uint16, or int32 for vocabularies above 65536"""
+    logprobs: Array
+    """[n] float32: of the sampled tokens, under the weights and at the temperature that sampled them."""
+    ref_logprobs: Array | None
+    """[n] float32 under the reference at the same temperature; None where no reference is used."""
+    finish: Literal["stop", "length"]
+    spans: Annotated[list[Span], Meta(min_length=1, max_length=4096)]
+    reward: float
+    rewards: dict[Text, float | None]
+    """By function, before weighting; None = not applicable."""
+
+
+class Group(Message, frozen=True):
+    """One prompt, its completions, their rewards.
+
+    Example: Group(session="f3a1", split="train", group_id=17, row=2931, prompt=<uint16 [61]>, completions=[8 of them])
+    """
+
+    session: Text
+    split: Split
+    group_id: Count
+    row: Count
+    prompt: Array
+    """[m] token ids"""
+    completions: Annotated[list[Completion], Meta(min_length=1, max_length=4096)]
+    seconds: float = 0.0
+    """From lease to result."""
+
+
+class Failure(Message, frozen=True):
+    session: Text
+    split: Split
+    group_id: Count
+    why: Why
+
+
+class Bye(Message, frozen=True):
+    session: Text
+
+
+class Welcome(Message, frozen=True):
+    incarnation: Count
+
+
+class Rejection(Message, frozen=True):
+    why: Why
+
+
+class Pulse(Message, frozen=True):
+    snapshot: Text
+    manifest_sha256: Text
+
+
+class Lease(Message, frozen=True):
+    """Groups to sample: (group id, row of the split)."""
+
+    split: Split
+    items: Annotated[list[tuple[Count, Count]], Meta(min_length=1, max_length=10_000)]
+
+
+class Ack(Message, frozen=True):
+    split: Split
+    group_id: Count
+    status: Literal["accepted", "duplicate", "stale", "invalid", "unknown", "full", "failed"]
+    why: Why = ""
+
+
+class Who(Message, frozen=True):
+    pass
+
+
+class Stop(Message, frozen=True):
+    final: bool
+    """True: the run is complete, exit 0. False: the trainer restarts, wait for it."""
+
+
+Up = Hello | Beat | Group | Failure | Bye
+Down = Welcome | Rejection | Pulse | Lease | Ack | Who | Stop

@@ -1,0 +1,108 @@
+"""Child processes that never outlive their parent, and a Ctrl-C that ends work instead of breaking it."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Asks the kernel to signal this process when the thread that started it ends. Linux only, else nothing."""
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+    except (OSError, AttributeError):
+        return
+
+
+def start(
+    command: Sequence[str],
+    *,
+    log: IO[bytes] | None = None,
+    environment: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+) -> subprocess.Popen:
+    """Starts a command in a session of its own, so that `end` reaches all that it starts in turn."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT if log else None,
+        env={**os.environ, **(environment or {})},
+        cwd=directory,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+
+
+def signal_group(process: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+def group_alive(process: subprocess.Popen) -> bool:
+    """Whether any process of the session is left, its leader or not."""
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def end(process: subprocess.Popen, grace_s: float) -> int:
+    """Asks the whole group to end, waits for all of it, kills what is left after `grace_s`. -> exit code."""
+    signal_group(process, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while group_alive(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    signal_group(process, signal.SIGKILL)
+    return process.wait()
+
+
+def on_stop_signal(action: Callable[[], None]) -> None:
+    """Calls `action` on the first SIGTERM or SIGINT; the second one ends the process at once."""
+
+    def handle(number: int, _: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        action()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+
+
+def watch_ancestors(depth: int, orphaned: Callable[[], None]) -> None:
+    """Calls `orphaned` when the parent (depth 1) or also its parent (depth 2, ...) is gone.
+
+    A launcher that is killed does not end its children; a parent-death signal sees only the direct parent.
+    """
+    chain = _ancestors(depth)
+
+    def watch() -> None:
+        while _ancestors(depth) == chain:
+            time.sleep(1.0)
+        orphaned()
+
+    threading.Thread(target=watch, name="watch-ancestors", daemon=True).start()
+
+
+def _ancestors(depth: int) -> list[int]:
+    chain, pid = [], os.getpid()
+    for _ in range(depth):
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            return chain
+        chain.append(pid)
+        if pid <= 1:
+            break
+    return chain

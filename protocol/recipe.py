@@ -1,0 +1,197 @@
+"""The recipe: every setting of a run, its unit and its default, on one page.
+
+A recipe is a TOML file with the tables below; both workers read the same one. The defaults are the seed
+experiment: Qwen2.5-1.5B-Instruct on GSM8K, answer and format rewarded. `protocol/resolve.py` reads the file.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Rate = Annotated[float, Meta(ge=0)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+THINK = (
+    "Solve the user's problem. First reason step by step inside <think> and </think>, then give only the final "
+    "number inside <answer> and </answer>, like this: <think>reasoning</think><answer>42</answer>"
+)
+
+
+class Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One table of the recipe; an unknown key is an error."""
+
+
+class Model(Table, frozen=True):
+    """The policy before the first step, and with `kl_beta` > 0 the reference."""
+
+    path: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    """Hub id, local directory, .gguf file, or `smollm2-135m-instruct` (embedded)."""
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class Lora(Table, frozen=True):
+    """Low-rank adapters (arXiv 2106.09685) instead of full fine-tuning when `rank` > 0."""
+
+    rank: NonNegative = 0
+    alpha: Positive = 64
+    dropout: Fraction = 0.0
+    targets: str | list[str] = "all-linear"
+
+
+class Data(Table, frozen=True):
+    """Where prompts come from and how a row becomes messages."""
+
+    train: str = "openai/gsm8k:main:train"
+    """`hub/id[:config][:split]`, a .jsonl or .parquet file, or `word-problems[:split]` (generated)."""
+    eval: str = "openai/gsm8k:main:test"
+    limit: NonNegative = 0
+    """Use the first `limit` training rows only; 0 means all."""
+    eval_limit: NonNegative = 0
+    system: str | None = THINK
+    """The system message; "" leaves it out."""
+    template: str = "{question}"
+    """The user message; `{column}` is replaced by that column of the row."""
+    prefix: list[dict[str, str]] = []
+    """Messages between the system message and the user's: worked examples."""
+    max_prompt_tokens: Positive = 512
+
+
+class Sampling(Table, frozen=True):
+    group_size: Annotated[int, Meta(ge=1)] = 8
+    """Completions per prompt."""
+    max_tokens: Positive = 512
+    """Tokens per completion; longer ones are cut and marked `length`."""
+    temperature: Annotated[float, Meta(gt=0)] = 1.0
+    stop: list[str] = []
+
+
+class Reward(Table, frozen=True):
+    """One reward function; a completion's reward is the weighted sum of all of them."""
+
+    function: str
+    """`gsm8k`, `format`, `file.py:function` or `package.module:function`."""
+    weight: float = 1.0
+    options: dict[str, float | int | str | bool] = {}
+    """Keyword arguments passed on to the function."""
+    timeout_s: Seconds = 10.0
+    """For one group; then the process that runs it is killed."""
+
+
+def seed_rewards() -> list[Reward]:
+    return [
+        Reward(function="gsm8k", options={"correct": 1.0, "wrong": -1.0}),
+        Reward(function="format", options={"correct": 1.25, "wrong": -1.0}),
+    ]
+
+
+class Evaluation(Table, frozen=True):
+    """Held-out accuracy: the share of completions to which the first reward function gives more than 0."""
+
+    before: bool = True
+    after: bool = True
+    temperature: Rate = 0.0
+    """0 is greedy."""
+    samples: Positive = 1
+    """Completions per held-out prompt."""
+
+
+class SamplerTable(Table, frozen=True):
+    gpus: Positive = 1
+    """GPUs; without a GPU, engine processes."""
+    tensor_parallel: Positive = 1
+    """GPUs per engine; `gpus / tensor_parallel` engines run side by side."""
+    max_running: Positive = 256
+    """Completions that one engine decodes at the same time."""
+    gpu_memory: Fraction = 0.85
+    """Share of each GPU's memory for weights and KV cache."""
+    cpu_kv_cache_gb: Annotated[float, Meta(gt=0)] = 2.0
+    threads: NonNegative = 0
+    """CPU threads per engine without a GPU; 0 divides the cores evenly."""
+    compile: bool = True
+    """CUDA graphs and compilation; off starts faster."""
+    reward_workers: Positive = 2
+
+
+class Objective(Table, frozen=True):
+    """The loss; `trainer/loss.py` has the formulas and their sources."""
+
+    kl_beta: Rate = 0.04
+    """Weight of the k3 KL estimate against the reference; 0 loads no reference."""
+    clip_low: Fraction = 0.2
+    clip_high: Rate = 0.2
+    importance_cap: Annotated[float, Meta(ge=1)] = 2.0
+    """Upper bound of the truncated importance weight."""
+    advantage_std: bool = True
+    """Divide the group advantage by the group's standard deviation."""
+    recompute_old_logprobs: bool = False
+    """Three policies: clip against the trainer's own log-probs before the step, weight by old / sampler."""
+
+
+class Optimizer(Table, frozen=True):
+    """AdamW (arXiv 1711.05101)."""
+
+    learning_rate: Rate = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    epsilon: Rate = 1e-8
+    weight_decay: Rate = 0.0
+    warmup_steps: NonNegative = 5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
+
+
+class TrainerTable(Table, frozen=True):
+    gpus: Positive = 2
+    """Ranks; without a GPU, processes."""
+    steps: Positive = 200
+    prompts_per_step: Positive = 16
+    tokens_per_micro_batch: Positive = 8192
+    """Packed tokens in one forward pass of one rank."""
+    max_staleness: NonNegative = 1
+    """Optimizer steps between the weights that sampled a token and the weights that it trains."""
+    zero_stage: Annotated[int, Meta(ge=0, le=3)] = 1
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    gradient_checkpointing: bool = True
+    logits_chunk: Positive = 1024
+    """Completion positions whose logits exist at the same time."""
+    checkpoint_every: Positive = 20
+    keep_checkpoints: Positive = 2
+    threads: NonNegative = 0
+    """CPU threads per rank without a GPU; 0 divides the cores evenly."""
+
+
+class Network(Table, frozen=True):
+    bind: str = "127.0.0.1"
+    """Address that the trainer listens on and samplers can reach; a wildcard is refused."""
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    """0 takes a free one; samplers read it from the run directory."""
+    beat_s: Seconds = 5.0
+    """A sampler says that it is alive this often."""
+    dead_s: Seconds = 30.0
+    """Silence after which a peer counts as gone and its leases are given to others."""
+    lease_s: Seconds = 900.0
+    """A lease whose sampler shows no progress for so long is given to another."""
+    resend_s: Seconds = 10.0
+    """A group that nobody acknowledged is sent again after this."""
+    grace_s: Seconds = 3600.0
+    """A sampler without a trainer ends itself after this."""
+
+
+class Recipe(Table, frozen=True):
+    name: str = "gsm8k"
+    seed: NonNegative = 42
+    model: Model = Model()
+    lora: Lora = Lora()
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    reward: list[Reward] = field(default_factory=seed_rewards)
+    eval: Evaluation = Evaluation()
+    sampler: SamplerTable = SamplerTable()
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    trainer: TrainerTable = TrainerTable()
+    network: Network = Network()

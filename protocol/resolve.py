@@ -1,0 +1,114 @@
+"""TOML and flags -> Recipe; and back, for the run directory.
+
+Defaults < recipe file < `--set table.key=value`. Everything is checked here, once, before any model loads.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+import tomli_w
+
+from protocol.errors import UserError
+from protocol.recipe import Recipe
+
+
+def load(path: Path | None, overrides: list[str] = []) -> Recipe:
+    """The recipe in `path` (None: all defaults) with `table.key=value` overrides applied.
+
+    Raises UserError for an unreadable file, an unknown key, a wrong type or a contradiction.
+    """
+    tables = _read(path) if path else {}
+    for override in overrides:
+        _override(tables, override)
+    try:
+        recipe = msgspec.convert(tables, type=Recipe, strict=True)
+    except msgspec.ValidationError as error:
+        raise UserError(f"recipe {path or '(defaults)'}: {_explain(str(error))}") from None
+    check(recipe)
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as TOML, every default spelled out; `load` of it gives an equal recipe."""
+    return tomli_w.dumps(_without_none(msgspec.to_builtins(recipe)))
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse settings that contradict each other."""
+    trainer, sampler, network = recipe.trainer, recipe.sampler, recipe.network
+    if sampler.gpus % sampler.tensor_parallel:
+        raise UserError(
+            f"sampler.gpus = {sampler.gpus} is no multiple of sampler.tensor_parallel = {sampler.tensor_parallel}"
+        )
+    if network.bind in ("0.0.0.0", "*", "::", "[::]"):
+        raise UserError(f"network.bind = {network.bind!r} listens everywhere; name one address of this machine")
+    if recipe.model.dtype == "bfloat16" and trainer.zero_stage == 0:
+        raise UserError(
+            "trainer.zero_stage = 0 with model.dtype = 'bfloat16' is not exact in DeepSpeed (it takes one Adam step "
+            "at start); use zero_stage = 1 or dtype = 'float32'"
+        )
+    if not recipe.reward:
+        raise UserError("the recipe has no [[reward]]; name at least one function")
+    if recipe.sampling.group_size == 1:
+        raise UserError("sampling.group_size = 1 has no group to compare with; use 2 or more")
+    if network.beat_s >= network.dead_s:
+        raise UserError(f"network.beat_s = {network.beat_s} must be below network.dead_s = {network.dead_s}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", recipe.name):
+        raise UserError(f"name = {recipe.name!r} names a directory: use letters, digits, '.', '_' and '-'")
+
+
+def _read(path: Path) -> dict:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is no valid TOML: {error}") from None
+
+
+def _override(tables: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    *parents, last = key.strip().split(".")
+    if not equals or not last:
+        raise UserError(f"--set {override!r}: expected table.key=value, for example trainer.steps=40")
+    for parent in parents:
+        tables = tables.setdefault(parent, {})
+        if not isinstance(tables, dict):
+            raise UserError(f"--set {override!r}: {parent} is no table")
+    try:
+        tables[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        tables[last] = text.strip()  # a bare word is a string, as on any command line
+
+
+def _explain(message: str) -> str:
+    """Adds the nearest known key to msgspec's message about an unknown one."""
+    unknown = re.search(r"unknown field `(\w+)`(?: - at `\$\.?(\w*))?", message)
+    if not unknown:
+        return message
+    table = getattr(Recipe(), unknown[2] or "", Recipe())
+    known = getattr(table, "__struct_fields__", Recipe.__struct_fields__)
+    near = difflib.get_close_matches(unknown[1], known, n=1)
+    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+    return f"{message}; {hint}"
+
+
+def _without_none(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Of what sampler and trainer must hold to be the same; paths and sizes of either side are left out."""
+    shared = {name: msgspec.to_builtins(getattr(recipe, name)) for name in ("seed", "lora", "sampling", "reward")}
+    shared["eval"] = msgspec.to_builtins(recipe.eval)
+    shared["reference"] = recipe.objective.kl_beta > 0 and not recipe.lora.rank
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

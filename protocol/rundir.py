@@ -1,0 +1,137 @@
+"""The run directory: where everything lies. It is all that two machines of one run need to share.
+
+    recipe.toml  endpoint.json  keys/  incarnations/  snapshots/  checkpoints/
+    metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  logs/  quarantine/
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from protocol.disk import write_atomic
+from protocol.errors import StorageError, Superseded, UserError
+from protocol.recipe import Recipe
+from protocol.resolve import dump, load
+
+
+class Endpoint(Struct, frozen=True, kw_only=True):
+    """Where the trainer listens. Example: Endpoint(address="tcp://127.0.0.1:41873", incarnation=2, host="node3")"""
+
+    address: str
+    incarnation: int
+    host: str
+    finished: bool = False
+    """The run is complete; a sampler that comes now has nothing to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    path: Path
+
+    @property
+    def keys(self) -> Path:
+        return self.path / "keys"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / "snapshots"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.toml"
+
+    def make(self) -> None:
+        """Creates what is missing. Raises StorageError where that is not allowed."""
+        try:
+            for name in ("snapshots", "checkpoints", "metrics", "rollouts", "logs", "incarnations"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make the run directory {self.path}: {error.strerror}") from None
+
+    def write_endpoint(self, endpoint: Endpoint) -> None:
+        write_atomic(self.path / "endpoint.json", msgspec.json.encode(endpoint))
+
+    def read_endpoint(self) -> Endpoint | None:
+        """None until a trainer listens. Looks the name up in a listing first: a network filesystem may
+        remember for a minute that a name was absent, but lists a directory afresh."""
+        if "endpoint.json" not in os.listdir(self.path):
+            return None
+        try:
+            return msgspec.json.decode((self.path / "endpoint.json").read_bytes(), type=Endpoint)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def claim_incarnation(self) -> int:
+        """The next number, ours alone: every trainer start in this directory gets another one."""
+        number = self.newest_incarnation() + 1
+        while True:
+            try:
+                descriptor = os.open(self.path / "incarnations" / str(number), os.O_CREAT | os.O_EXCL)
+            except FileExistsError:
+                number += 1
+                continue
+            os.close(descriptor)
+            return number
+
+    def newest_incarnation(self) -> int:
+        return max((int(name) for name in os.listdir(self.path / "incarnations") if name.isdigit()), default=0)
+
+    def refuse_if_superseded(self, incarnation: int) -> None:
+        """Called before every write of weights. Raises Superseded when a newer trainer owns the run."""
+        newest = self.newest_incarnation()
+        if newest > incarnation:
+            raise Superseded(f"trainer incarnation {newest} took over {self.path}; this is {incarnation}: ending")
+
+
+def resolve_recipe(run: Path | None, recipe: Path | None, overrides: list[str]) -> tuple[RunDir, Recipe]:
+    """What `--run`, `--recipe` and `--set` mean together; the resolved recipe is kept in the run directory.
+
+    A run that has a recipe keeps it: a different one is refused, with the difference named.
+    """
+    kept = run / "recipe.toml" if run else None
+    if kept and kept.exists():
+        previous = load(kept)
+        if not recipe and not overrides:
+            return RunDir(run), previous
+        wanted = load(recipe or kept, overrides)
+        _refuse_if_different(run, previous, wanted)
+        return RunDir(run), wanted
+    resolved = load(recipe, overrides)
+    rundir = RunDir(run or Path("runs") / resolved.name)
+    if not run and rundir.recipe.exists():
+        return resolve_recipe(rundir.path, recipe, overrides)
+    rundir.make()
+    write_atomic(rundir.recipe, dump(resolved).encode())
+    return rundir, resolved
+
+
+LINEAGE = ("seed", "model", "lora", "data", "sampling", "reward")
+"""Tables that the history of a run hangs on; the others may change on resume."""
+
+
+def _refuse_if_different(run: Path | None, previous: Recipe, wanted: Recipe) -> None:
+    for table in LINEAGE:
+        if getattr(previous, table) != getattr(wanted, table):
+            raise UserError(
+                f"{run} was started with another [{table}]: {getattr(previous, table)} there, "
+                f"{getattr(wanted, table)} now; use the run's own recipe or another --run directory"
+            )

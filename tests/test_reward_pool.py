@@ -1,0 +1,405 @@
+"""Real worker processes under real bad functions: each ends in time, is named, and never becomes a 0."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from protocol.errors import UserError
+from protocol.recipe import Reward
+from sampler.rewards.pool import RewardFailed, RewardPool, Score
+
+ROOT = Path(__file__).resolve().parents[1]
+DEADLINE_S = 0.4
+FUNCTIONS = """
+import asyncio, ctypes, itertools, json, os, re, subprocess, sys, time
+
+def loop(completions, **columns):
+    while True:
+        pass
+
+def regex(completions, **columns):
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+def c_loop(completions, **columns):
+    all(itertools.repeat(True))  # holds the interpreter lock: no signal, no thread gets in
+
+def asleep(completions, **columns):
+    time.sleep(60)
+
+def exit_now(completions, **columns):
+    os._exit(3)
+
+def crash(completions, **columns):
+    ctypes.string_at(0)
+
+def raises(completions, **columns):
+    if completions:
+        raise KeyError("gold")  # line 24
+
+def leaves(completions, **columns):
+    sys.exit("enough")
+
+def bomb(completions, **columns):
+    return [bytearray(1 << 40)]
+
+def sub_processes(completions, pids, **columns):
+    ours = [subprocess.Popen(["sleep", "300"], start_new_session=own) for own in (False, True)]
+    with open(pids[0] + ".part", "w") as file:
+        file.write(" ".join(str(one.pid) for one in ours))
+    os.rename(pids[0] + ".part", pids[0])
+    while True:
+        pass
+
+def text(completions, **columns):
+    return ["1.0" for _ in completions]
+
+def nan(completions, **columns):
+    return [float("nan") for _ in completions]
+
+def infinite(completions, **columns):
+    return [1e400 for _ in completions]
+
+def short(completions, **columns):
+    return [1.0]
+
+def nothing(completions, **columns):
+    pass
+
+def huge(completions, **columns):
+    return [10 ** 400 for _ in completions]
+
+def never(completions, **columns):
+    return [None for _ in completions]
+
+def first_only(completions, **columns):
+    return [1.0] + [None] * (len(completions) - 1)
+
+def length(completions, scale=1.0):
+    return [scale * len(text[-1]["content"]) for text in completions]
+
+async def waits(prompts, completions, **columns):
+    await asyncio.sleep(0.01)
+    return [True, 2][: len(completions)]
+
+def chatty(completions, **columns):
+    print("{'values': [9]}")
+    os.write(1, b'{"values": [9]}\\n')
+    subprocess.run(["echo", "noise"])
+    return [float(len(sys.stdin.read()))] * len(completions)
+
+def seen(completions, **columns):
+    raise ValueError(json.dumps([dict(os.environ), os.getcwd(), os.listdir()]))
+
+def echo(prompts, completions, **columns):
+    raise ValueError(json.dumps([prompts, completions, columns]))
+
+def identity(completions, **columns):
+    return [os.getpid()] * len(completions)
+
+def slow_for(completions, seconds, **columns):
+    time.sleep(seconds[0])
+    return [seconds[0]] * len(completions)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(FUNCTIONS)
+    return path
+
+
+def with_pool(
+    rewards: list[Reward], use: Callable[[RewardPool], Awaitable], workers: int = 1, **settings
+):
+    async def main():
+        async with RewardPool(rewards, workers, **settings) as pool:
+            return await use(pool)
+
+    return asyncio.run(main())
+
+
+def score(
+    rewards: list[Reward], completions=("#### 4", "#### 5"), columns=None, **settings
+) -> Score:
+    prompt = [{"role": "user", "content": "2 + 2?"}]
+    columns = {"answer": "#### 4"} if columns is None else columns
+    return with_pool(
+        rewards, lambda pool: pool.score(prompt, list(completions), columns), **settings
+    )
+
+
+def failure(reward: Reward, **settings) -> RewardFailed:
+    with pytest.raises(RewardFailed) as failed:
+        score([reward], **settings)
+    return failed.value
+
+
+def gone(pid: int) -> bool:
+    """Within two seconds; a zombie that nobody has buried yet counts as gone."""
+    for _ in range(200):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_rewards_are_weighted_sums_and_each_function_is_kept(mine):
+    rewards = [Reward(function="gsm8k"), Reward(function=f"{mine}:length", weight=0.5)]
+    got = score(rewards, ["#### 4", "#### 55"])
+    assert got.by_function == {"gsm8k": [1.0, 0.0], "length": [6.0, 7.0]}
+    assert got.rewards == [4.0, 3.5]
+
+
+def test_options_reach_the_function(mine):
+    rewards = [
+        Reward(function="gsm8k", options={"correct": 1.0, "wrong": -1.0}),
+        Reward(function=f"{mine}:length", options={"scale": 2.0}),
+    ]
+    assert score(rewards).by_function == {"gsm8k": [1.0, -1.0], "length": [12.0, 12.0]}
+
+
+def test_a_function_that_does_not_apply_is_left_out_of_the_sum(mine):
+    got = score([Reward(function="gsm8k"), Reward(function=f"{mine}:first_only", weight=10)])
+    assert got.by_function["first_only"] == [1.0, None]
+    assert got.rewards == [11.0, 0.0]
+
+
+def test_a_completion_to_which_nothing_applies_fails_the_group(mine):
+    failed = failure(Reward(function=f"{mine}:never"))
+    assert (failed.function, failed.kind) == ("never", "not_applicable")
+    assert failure(Reward(function=f"{mine}:first_only")).why.endswith("completion 1")
+
+
+def test_an_unreadable_gold_answer_fails_the_group_instead_of_marking_it_wrong():
+    assert failure(Reward(function="gsm8k"), columns={"answer": "?"}).kind == "not_applicable"
+
+
+def test_asynchronous_functions_and_whole_numbers_are_welcome(mine):
+    assert score([Reward(function=f"{mine}:waits")]).rewards == [1.0, 2.0]
+
+
+def test_functions_get_conversations_and_columns_as_lists(mine):
+    failed = failure(Reward(function=f"{mine}:echo"), completions=["x", "y"], columns={"answer": 7})
+    assert (
+        '[[[{"role": "user", "content": "2 + 2?"}], [{"role": "user", "content": "2 + 2?"}]], '
+        '[[{"role": "assistant", "content": "x"}], [{"role": "assistant", "content": "y"}]], '
+        '{"answer": [7, 7]}]'
+    ) in failed.why
+
+
+def test_text_behind_a_plain_prompt_stays_text():
+    use = lambda pool: pool.score("2 + 2?", ["#### 4"], {"answer": "4"})  # noqa: E731
+    assert with_pool([Reward(function="gsm8k")], use).rewards == [1.0]
+
+
+@pytest.mark.parametrize("name", ["loop", "regex", "c_loop", "asleep"])
+def test_a_hung_function_is_killed_in_time_and_its_worker_replaced(mine, name):
+    async def use(pool: RewardPool):
+        start = time.monotonic()
+        with pytest.raises(RewardFailed) as failed:
+            await pool.score("", ["x"], {"answer": "4"})
+        assert (failed.value.function, failed.value.kind) == (name, "timeout")
+        assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 1
+        again = asyncio.create_task(pool.score("", ["x"], {"answer": "4"}))
+        with pytest.raises(RewardFailed, match="timeout"):
+            await again
+        return pool.counters()
+
+    counters = with_pool([Reward(function=f"{mine}:{name}", timeout_s=DEADLINE_S)], use)
+    assert counters[f"{name}/timeouts"] == 2
+    assert counters[f"{name}/values"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("raises", r"KeyError: 'gold' \(mine.py:24\)"),
+        ("leaves", "SystemExit: enough"),
+        ("bomb", "MemoryError"),
+        ("exit_now", r"the process ended \(exit code 3\)"),
+        ("crash", r"the process ended \(killed by SIG(SEGV|BUS)\)"),
+        ("text", r"value 0 is '1.0' \(str\), expected float, int or None"),
+        ("nan", "value 0 is nan, expected a finite number"),
+        ("infinite", "value 0 is inf"),
+        ("huge", "OverflowError"),
+        ("short", "1 values for 2 completions"),
+        ("nothing", "returned NoneType, expected a list"),
+    ],
+)
+def test_a_bad_function_fails_its_group_by_name_and_the_pool_goes_on(mine, name, why):
+    async def use(pool: RewardPool):
+        for _ in range(2):
+            with pytest.raises(RewardFailed, match=why) as failed:
+                await pool.score("", ["x", "y"], {})
+            assert (failed.value.function, failed.value.kind) == (name, "error")
+        return pool.counters()
+
+    counters = with_pool([Reward(function=f"{mine}:{name}")], use)
+    assert counters == {
+        f"{name}/values": 0,
+        f"{name}/not_applicable": 0,
+        f"{name}/errors": 2,
+        f"{name}/timeouts": 0,
+    }
+
+
+def test_memory_taken_bit_by_bit_ends_at_the_limit(mine):
+    mine.write_text(
+        "def grow(completions):\n    kept = []\n    while True:\n        kept.append(bytes(1 << 20))\n"
+    )
+    failed = failure(Reward(function=f"{mine}:grow"), memory_bytes=200 << 20)
+    assert failed.kind == "error"
+    assert "MemoryError" in failed.why
+
+
+def test_children_of_a_killed_function_die_with_it(mine, tmp_path):
+    pids = tmp_path / "pids"
+    reward = Reward(function=f"{mine}:sub_processes", timeout_s=1.5)
+    assert failure(reward, columns={"pids": str(pids)}).kind == "timeout"
+    children = [int(pid) for pid in pids.read_text().split()]
+    assert len(children) == 2
+    assert all(gone(pid) for pid in children)
+
+
+def test_an_error_keeps_the_worker_and_a_cancelled_call_does_not(mine):
+    rewards = [Reward(function=f"{mine}:identity"), Reward(function=f"{mine}:slow_for")]
+
+    async def use(pool: RewardPool):
+        first = await pool.score("", ["x"], {"seconds": 0})
+        with pytest.raises(RewardFailed, match="TypeError"):
+            await pool.score("", ["x"], {"seconds": "soon"})
+        kept = await pool.score("", ["x"], {"seconds": 0})
+        call = asyncio.create_task(pool.score("", ["x"], {"seconds": 30}))
+        await asyncio.sleep(0.2)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        replaced = await pool.score("", ["x"], {"seconds": 0})
+        return [got.by_function["identity"][0] for got in (first, kept, replaced)]
+
+    first, kept, replaced = with_pool(rewards, use)
+    assert first == kept != replaced
+    assert gone(int(kept))
+
+
+def test_prints_of_a_function_reach_neither_the_protocol_nor_its_empty_stdin(mine, capfd):
+    assert score([Reward(function=f"{mine}:chatty")]).rewards == [0.0, 0.0]
+    written = capfd.readouterr()
+    assert "noise" in written.err
+    assert written.out == ""
+
+
+def test_the_functions_environment_holds_no_secret_and_no_file(mine, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("WANDB_API_KEY", "secret_too")
+    why = failure(Reward(function=f"{mine}:seen")).why
+    assert "PATH" in why
+    assert "secret" not in why
+    assert os.getcwd() not in why.rpartition("}")[2]
+    assert "[]]" in why
+
+
+def test_groups_are_scored_side_by_side_by_as_many_workers(mine):
+    async def use(pool: RewardPool):
+        start = time.monotonic()
+        await asyncio.gather(*(pool.score("", ["x"], {"seconds": 0.8}) for _ in range(4)))
+        return time.monotonic() - start
+
+    assert with_pool([Reward(function=f"{mine}:slow_for")], use, workers=4) < 2.4
+
+
+def test_two_functions_of_one_name_are_told_apart(mine, tmp_path):
+    (tmp_path / "other.py").write_text(
+        "def length(completions):\n    return [7] * len(completions)\n"
+    )
+    rewards = [Reward(function=f"{mine}:length"), Reward(function=f"{tmp_path}/other.py:length")]
+    assert score(rewards).by_function == {"length": [6.0, 6.0], "length_2": [7.0, 7.0]}
+
+
+def test_a_module_is_found_where_the_sampler_was_started(tmp_path, monkeypatch):
+    (tmp_path / "pkg_of_rewards").mkdir()
+    (tmp_path / "pkg_of_rewards/good.py").write_text("def f(completions):\n    return [3, 3]\n")
+    monkeypatch.chdir(tmp_path)
+    assert score([Reward(function="pkg_of_rewards.good:f")]).rewards == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "complaint"),
+    [
+        ("def other(): pass", r"has no function 'f'; it has: other"),
+        ("f = 3", r"has no function 'f'; it has none"),
+        (
+            "\nimport no_such_thing",
+            r"import fails: ModuleNotFoundError: .*no_such_thing.*mine.py:2",
+        ),
+        ("raise SystemExit('not today')", "import fails: SystemExit: not today"),
+        ("import os\nos._exit(4)", r"ended during the import.*exit code 4"),
+        ("def f(completions): pass", "no parameter for the option 'k'"),
+    ],
+)
+def test_a_reward_that_cannot_be_imported_ends_the_start_in_one_line(mine, code, complaint):
+    mine.write_text(code)
+    with pytest.raises(UserError, match=complaint) as refused:
+        score([Reward(function=f"{mine}:f", options={"k": 1})])
+    assert "\n" not in str(refused.value)
+
+
+def test_an_infinite_weight_is_refused():
+    with pytest.raises(UserError, match="weight = inf"):
+        RewardPool([Reward(function="gsm8k", weight=float("inf"))], 1)
+
+
+def test_a_column_that_a_function_needs_is_missed_at_the_start():
+    async def use(pool: RewardPool):
+        pool.check_columns({"answer": "4"})
+        with pytest.raises(
+            UserError, match="gsm8k needs the column 'answer'.*has: question, level"
+        ):
+            pool.check_columns({"question": "?", "level": 1})
+
+    with_pool([Reward(function="gsm8k"), Reward(function="format")], use)
+
+
+def test_leaving_the_pool_leaves_no_process_and_no_directory(mine):
+    async def use(pool: RewardPool):
+        got = await pool.score("", ["x"], {})
+        return int(got.rewards[0])
+
+    before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("reward-*"))
+    assert gone(with_pool([Reward(function=f"{mine}:identity")], use))
+    assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("reward-*")) <= before
+
+
+def test_a_killed_sampler_takes_its_hung_workers_along(mine):
+    sampler = f"""
+import asyncio
+from protocol.recipe import Reward
+from sampler.rewards.pool import RewardPool
+async def main():
+    rewards = [Reward(function={f"{mine}:identity"!r}), Reward(function={f"{mine}:c_loop"!r})]
+    async with RewardPool(rewards[:1], 1) as pool:
+        print(int((await pool.score("", ["x"], {{}})).rewards[0]), flush=True)
+        async with RewardPool(rewards[1:], 1) as hung:
+            print(next(iter(hung._running))._process.pid, flush=True)
+            await hung.score("", ["x"], {{}})
+asyncio.run(main())
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", sampler], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        pids = [int(process.stdout.readline()) for _ in range(2)]
+        time.sleep(0.2)  # into the C loop
+        process.send_signal(signal.SIGKILL)
+    assert all(gone(pid) for pid in pids)

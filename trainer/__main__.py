@@ -1,0 +1,39 @@
+"""The trainer's command line.
+
+    deepspeed --num_gpus=2 --module trainer --run runs/demo
+    python -m trainer --gpus 2 --run runs/demo        the same, through DeepSpeed's launcher
+"""
+
+import os
+import socket
+import sys
+
+from protocol.cli import exit_with, parser
+from protocol.rundir import RunDir, resolve_recipe
+
+
+def main() -> int:
+    flags = parser("trainer", "Learns from the groups that samplers send and publishes weights back to them.")
+    flags.add_argument("--gpus", type=int, help="ranks to start; without a GPU, processes (default: trainer.gpus)")
+    flags.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher; not for you")
+    options = flags.parse_args()
+    rundir, recipe = resolve_recipe(options.run, options.recipe, options.overrides)
+    if "RANK" not in os.environ:
+        return launch(options.gpus or recipe.trainer.gpus, rundir)
+    from trainer.rank import run  # torch and deepspeed, only now
+
+    return run(rundir, recipe)
+
+
+def launch(gpus: int, rundir: RunDir) -> int:
+    """Becomes DeepSpeed's launcher, which starts this module once for each rank."""
+    print(f"trainer: {gpus} ranks (GPUs; on a machine without any: processes)", flush=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--num_gpus", str(gpus), "--master_port", str(port), "--module", "trainer", "--run", str(rundir.path)]
+    os.execv(sys.executable, [sys.executable, "-m", "deepspeed.launcher.runner", *arguments])
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,132 @@
+"""All that a trainer needs to go on: weights, optimizer, schedule, random state, and the ledger of trained groups.
+
+One sealed, signed directory, so that all of it is saved or none. DeepSpeed's files are pickles: they are loaded
+only after the signature and every hash have been checked.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from protocol.errors import NoCheckpoint, UserError
+from protocol.keys import Keys
+from protocol.rundir import RunDir
+from protocol.snapshot import (
+    Corrupt,
+    File,
+    Manifest,
+    Sealed,
+    checkpoint_id,
+    hash_file,
+    listed,
+    open_sealed,
+    remove,
+    seal,
+    staging,
+    write_hashed,
+)
+from trainer.engine import Policy
+from trainer.inbox import Inbox
+from trainer.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+TAG = "ds"
+
+
+class State(Struct, frozen=True, kw_only=True):
+    """What DeepSpeed does not keep."""
+
+    step: int
+    world: int
+    inbox: dict
+    model: str
+    """Fingerprint of the model's configuration."""
+
+
+class Checkpoints:
+    """Saves and finds a run's checkpoints. Every method is called by all ranks together."""
+
+    def __init__(self, rundir: RunDir, keys: Keys, ranks: Ranks, incarnation: int, model: str) -> None:
+        self._rundir, self._keys, self._ranks = rundir, keys, ranks
+        self._incarnation, self._model = incarnation, model
+        self._newest: int | None = None
+
+    def save(self, policy: Policy, inbox: Inbox, keep: int) -> None:
+        """Writes checkpoint `steps_done`, once; removes the oldest beyond `keep`."""
+        if self._newest == policy.steps_done:
+            return
+        name = checkpoint_id(policy.steps_done, self._incarnation)
+        if not self._ranks.first:
+            aside = Path(os.fsdecode(self._share(None)))
+            policy.save(aside, TAG)
+            self._ranks.barrier()  # rank 0 hashes what every rank has written
+            self._ranks.barrier()
+            self._newest = policy.steps_done
+            return
+        self._rundir.refuse_if_superseded(self._incarnation)
+        with staging(self._rundir.checkpoints, name) as aside:
+            self._share(os.fsencode(aside))
+            policy.save(aside, TAG)
+            self._ranks.barrier()
+            self._seal(aside, name, policy, inbox)
+        for path in listed(self._rundir.checkpoints)[:-keep]:
+            remove(path)
+        self._ranks.barrier()
+        self._newest = policy.steps_done
+
+    def resume(self, policy: Policy) -> State | None:
+        """Loads the newest intact checkpoint; None where there is none at all. Raises NoCheckpoint, UserError."""
+        sealed = self._newest_intact() if self._ranks.first else None
+        path = os.fsdecode(self._share(os.fsencode(sealed.path) if sealed else b"-"))
+        if path == "-":
+            return None
+        state = msgspec.json.decode((Path(path) / "state.json").read_bytes(), type=State)
+        if state.world != self._ranks.world:
+            raise UserError(
+                f"checkpoint {path} was written by {state.world} ranks, this trainer has {self._ranks.world}; "
+                f"start it with --num_gpus={state.world}"
+            )
+        if state.model != self._model:
+            raise UserError(f"checkpoint {path} holds another model than recipe.model.path; use its own recipe")
+        policy.load(Path(path), TAG)
+        self._newest = policy.steps_done
+        return state
+
+    def _seal(self, aside: Path, name: str, policy: Policy, inbox: Inbox) -> None:
+        state = State(step=policy.steps_done, world=self._ranks.world, inbox=inbox.state(), model=self._model)
+        files: dict[str, File] = {"state.json": write_hashed(aside / "state.json", msgspec.json.encode(state))}
+        files |= {f"{TAG}/{path.name}": hash_file(path) for path in sorted((aside / TAG).iterdir())}
+        manifest = Manifest(
+            kind="checkpoint",
+            run_id=self._keys.run_id,
+            id=name,
+            parent=None,
+            step=policy.steps_done,
+            incarnation=self._incarnation,
+            model=self._model,
+            files=files,
+        )
+        seal(aside, self._rundir.checkpoints / name, manifest, self._keys.checkpoint)
+
+    def _newest_intact(self) -> Sealed | None:
+        found = listed(self._rundir.checkpoints)
+        for path in reversed(found):
+            try:
+                sealed = open_sealed(path, key=self._keys.checkpoint)
+                for name in sealed.manifest.files:
+                    sealed.read(name)
+                return sealed
+            except Corrupt as error:
+                log.error("skipped checkpoint %s: %s", path.name, error)
+        if found:
+            raise NoCheckpoint(f"none of the {len(found)} checkpoints in {self._rundir.checkpoints} is intact")
+        return None
+
+    def _share(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes on all ranks."""
+        size = self._ranks.max([len(data or b"")])[0]
+        return self._ranks.broadcast(data, size)

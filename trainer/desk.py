@@ -1,0 +1,234 @@
+"""What the trainer answers to its samplers: the protocol as a state machine, without sockets, clocks or threads.
+
+`on` takes one message and the time, `tick` only the time; both return the messages to send.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+from protocol.errors import RunError
+from protocol.messages import (
+    Ack,
+    Agreement,
+    Beat,
+    Bye,
+    DataSet,
+    Down,
+    Failure,
+    Group,
+    Hello,
+    Lease,
+    Pulse,
+    Rejection,
+    Split,
+    Stop,
+    Up,
+    Welcome,
+    Who,
+)
+from protocol.recipe import Recipe
+from trainer.accept import problem
+from trainer.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+MAX_INVALID = 20
+"""Unsound groups after which a sampler is sent away."""
+
+MAX_QUARANTINED = 10
+"""Groups set aside after which the run stops, unless ten times as many went well."""
+
+Letters = list[tuple[bytes, Down]]
+
+
+class BrokenGroups(RunError):
+    """Groups fail again and again: a reward function or the data is broken, and training on the rest would hide it."""
+
+
+@dataclass(slots=True)
+class Sampler:
+    peer: bytes
+    seen: float
+    snapshot: str | None = None
+    want: int = 0
+    progress: int = 0
+    invalid: int = 0
+
+
+@dataclass(slots=True)
+class Desk:
+    recipe: Recipe
+    agreement: Agreement
+    incarnation: int
+    train: Ledger | None = None
+    """None until a sampler or a checkpoint says how many rows there are."""
+    exam: Ledger | None = None
+    """Held-out prompts being scored; nothing else is leased meanwhile, so that one version answers all of them."""
+    sets: dict[Split, DataSet] = field(default_factory=dict)
+    samplers: dict[str, Sampler] = field(default_factory=dict)
+    pulse: Pulse | None = None
+    stop: Stop | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    """Groups by the status they were acknowledged with, and other things worth a number."""
+
+    def on(self, peer: bytes, message: Up, now: float) -> Letters:
+        if isinstance(message, Hello):
+            return self._hello(peer, message, now)
+        sampler = self.samplers.get(message.session)
+        if sampler is None:
+            return [(peer, Who())]
+        sampler.peer, sampler.seen = peer, now
+        match message:
+            case Beat():
+                return self._beat(message, sampler, now)
+            case Group():
+                return [(peer, self._group(message, sampler)), *self._grant(message.session, now)]
+            case Failure():
+                return [(peer, self._failure(message))]
+            case Bye():
+                self._lose(message.session, "said goodbye")
+        return []
+
+    def tick(self, now: float) -> Letters:
+        """Gives up on silent samplers and stuck leases, and offers what that frees to the others."""
+        for session, sampler in list(self.samplers.items()):
+            if now - sampler.seen > self.recipe.network.dead_s:
+                self._count("samplers_lost")
+                self._lose(session, f"was silent for {self.recipe.network.dead_s:.0f} s")
+        for ledger in self._ledgers():
+            self._count("leases_expired", len(ledger.expire(now)))
+        return [letter for session in list(self.samplers) for letter in self._grant(session, now)]
+
+    def news(self) -> Letters:
+        """After new weights or the end: what every sampler should hear without waiting for its next beat."""
+        message = self.stop or self.pulse
+        return [(sampler.peer, message) for sampler in self.samplers.values()] if message else []
+
+    def start_exam(self, number: int) -> None:
+        """Leases every held-out row once; ids of different exams differ, so a late answer is never mistaken."""
+        rows = self.sets["eval"].rows
+        assert self.train is not None
+        self.exam = Ledger(
+            rows=rows,
+            per_step=rows,
+            max_staleness=0,
+            lease_s=self.recipe.network.lease_s,
+            seed=None,
+            first=number * rows,
+            last=(number + 1) * rows,
+            step=self.train.step,
+        )
+        self.exam.lineage = dict(self.train.lineage)
+
+    def open_ledger(self, rows: int) -> Ledger:
+        trainer, network = self.recipe.trainer, self.recipe.network
+        self.train = Ledger(
+            rows=rows,
+            per_step=trainer.prompts_per_step,
+            max_staleness=trainer.max_staleness,
+            lease_s=network.lease_s,
+            seed=self.recipe.seed,
+        )
+        if self.pulse:
+            self.train.publish(self.pulse.snapshot)
+        return self.train
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _hello(self, peer: bytes, hello: Hello, now: float) -> Letters:
+        why = self._disagreement(hello)
+        if why:
+            self._count("samplers_rejected")
+            log.warning("rejected sampler %s: %s", hello.session, why)
+            return [(peer, Rejection(why=why))]
+        if not self.sets:
+            self.sets = {"train": hello.train, "eval": hello.eval}
+        if self.train is None:
+            self.open_ledger(hello.train.rows)
+        if hello.session not in self.samplers:
+            log.info("sampler %s joined (%s)", hello.session, hello.versions)
+        self.samplers[hello.session] = Sampler(peer=peer, seen=now)
+        letters: Letters = [(peer, Welcome(incarnation=self.incarnation))]
+        return letters + [(peer, message) for message in (self.stop or self.pulse,) if message]
+
+    def _disagreement(self, hello: Hello) -> str | None:
+        for name in self.agreement.__struct_fields__:
+            ours, theirs = getattr(self.agreement, name), getattr(hello.agreement, name)
+            if ours != theirs:
+                return f"{name} differs: the trainer has {ours}, this sampler {theirs}"
+        for split, theirs in (("train", hello.train), ("eval", hello.eval)):
+            ours = self.sets.get(split, theirs)
+            if ours != theirs:
+                return f"{split} data differ: this run has {ours.rows} rows ({ours.fingerprint}), this sampler {theirs}"
+        return None
+
+    def _beat(self, beat: Beat, sampler: Sampler, now: float) -> Letters:
+        moved = beat.progress != sampler.progress
+        sampler.snapshot, sampler.want, sampler.progress = beat.snapshot, beat.want, beat.progress
+        for split, ledger in (("train", self.train), ("eval", self.exam)):
+            if ledger:
+                held = {group_id for kind, group_id in beat.held if kind == split}
+                ledger.beat(beat.session, held, moved, now, self.recipe.network.resend_s)
+        answer = self.stop or self.pulse
+        return [(sampler.peer, answer)] * bool(answer) + self._grant(beat.session, now)
+
+    def _grant(self, session: str, now: float) -> Letters:
+        sampler = self.samplers.get(session)
+        ledger, split = (self.exam, "eval") if self.exam else (self.train, "train")
+        if sampler is None or ledger is None or self.stop:
+            return []
+        items = ledger.grant(session, sampler.snapshot, sampler.want, now)
+        sampler.want -= len(items)
+        return [(sampler.peer, Lease(split=split, items=items))] if items else []
+
+    def _group(self, group: Group, sampler: Sampler) -> Ack:
+        ledger = self.train if group.split == "train" else self.exam
+        why = self._problem(group)
+        if ledger is None:
+            status = "unknown"
+        elif why:
+            status = "invalid"
+            ledger.fail(group.session, group.group_id, why)
+            sampler.invalid += 1
+        else:
+            status = ledger.offer(group)
+        sampler.want += 1
+        self._count(f"{group.split}/{status}")
+        if status not in ("accepted", "duplicate"):
+            log.warning("%s group %d from %s: %s %s", group.split, group.group_id, group.session, status, why or "")
+        if sampler.invalid >= MAX_INVALID:
+            self._lose(group.session, f"sent {MAX_INVALID} unsound groups, the last one: {why}")
+        return Ack(split=group.split, group_id=group.group_id, status=status, why=why or "")
+
+    def _problem(self, group: Group) -> str | None:
+        recipe, training = self.recipe, group.split == "train"
+        return problem(
+            group,
+            completions=recipe.sampling.group_size if training else recipe.eval.samples,
+            max_tokens=recipe.sampling.max_tokens,
+            vocabulary=self.agreement.vocabulary,
+            reference=training and recipe.objective.kl_beta > 0 and not recipe.lora.rank,
+        )
+
+    def _failure(self, failure: Failure) -> Ack:
+        log.warning("%s group %d failed: %s", failure.split, failure.group_id, failure.why)
+        ledger = self.train if failure.split == "train" else self.exam
+        if ledger:
+            ledger.fail(failure.session, failure.group_id, failure.why)
+            bad, done = len(ledger.quarantined), ledger.done_count() + len(ledger.ready)
+            if bad >= MAX_QUARANTINED and done < 10 * bad:
+                raise BrokenGroups(f"{bad} of {done} groups could not be answered, the last one: {failure.why}")
+        self._count(f"{failure.split}/failed")
+        self.samplers[failure.session].want += 1
+        return Ack(split=failure.split, group_id=failure.group_id, status="failed", why=failure.why)
+
+    def _lose(self, session: str, why: str) -> None:
+        del self.samplers[session]
+        freed = sum(ledger.drop(session) for ledger in self._ledgers())
+        log.info("sampler %s %s; %d leases go to others", session, why, freed)
+
+    def _ledgers(self) -> list[Ledger]:
+        return [ledger for ledger in (self.train, self.exam) if ledger]
+
+    def _count(self, name: str, by: int = 1) -> None:
+        self.counts[name] = self.counts.get(name, 0) + by

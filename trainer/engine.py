@@ -1,0 +1,195 @@
+"""The policy being trained: DeepSpeed around the model. The only file that imports deepspeed.
+
+Settings follow from measurements: ZeRO 1 with float32 gradient accumulation and communication is exact in bf16;
+torch's AdamW needs no compiler; `gradient_accumulation_steps` stays 1 and the boundary is set by hand, because
+the number of micro-batches changes with every step.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from policy.logprobs import Packed, TokenLogprobs
+from policy.model import add_adapter, load_model
+from protocol.messages import Group
+from protocol.recipe import Optimizer, Recipe
+from trainer.batch import Batch, MicroBatch, make_batch
+from trainer.ranks import Ranks
+
+
+class Policy:
+    """Every method but `batch` is called by all ranks together."""
+
+    def __init__(self, recipe: Recipe, directory: Path, ranks: Ranks) -> None:
+        self.recipe, self.directory, self._ranks = recipe, directory, ranks
+        torch.manual_seed(recipe.seed)
+        self.model = load_model(directory, recipe.model.dtype)
+        if recipe.lora.rank:
+            add_adapter(self.model, recipe.lora)
+        if recipe.trainer.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.model.train()
+        scorer = TokenLogprobs(self.model, recipe.sampling.temperature, recipe.trainer.logits_chunk)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = _adamw(trainable, recipe.optimizer)
+        # An inference all-reduce that training never calls; building it needs a compiler and 40 s.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=ranks.backend)
+        self._engine, *_ = deepspeed.initialize(
+            model=scorer,
+            model_parameters=trainable,
+            optimizer=optimizer,
+            lr_scheduler=lambda optimizer: _schedule(optimizer, recipe.optimizer, recipe.trainer.steps),
+            config=_settings(recipe),
+        )
+        self.steps_done = 0
+        self.grad_norm = 0.0
+
+    def batch(self, groups: list[Group]) -> Batch:
+        """This rank's share of one step."""
+        trainer, objective = self.recipe.trainer, self.recipe.objective
+        return make_batch(
+            groups,
+            rank=self._ranks.rank,
+            world=self._ranks.world,
+            tokens_per_micro_batch=trainer.tokens_per_micro_batch,
+            advantage_std=objective.advantage_std,
+            skip_zero=not objective.kl_beta,
+            step=self.steps_done,
+        )
+
+    def accumulate(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches on this rank's device; gradients are exchanged after the last one's backward."""
+        for number, micro in enumerate(micro_batches, 1):
+            self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            yield self._with_reference(micro.to(self._ranks.device))
+
+    def logprobs(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [n] of the micro-batch's completion tokens, at the sampling temperature."""
+        return self._engine(micro.packed)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds this micro-batch's gradient. DeepSpeed divides by the ranks; the loss's denominator already has."""
+        self._engine.backward(loss * self._ranks.world, scale_wrt_gas=False)
+
+    def update(self) -> None:
+        """One optimizer step, clipped; `grad_norm` is the norm before clipping."""
+        norm = self._engine.get_global_grad_norm if self.recipe.trainer.zero_stage else self._plain_grad_norm
+        before = None if self.recipe.trainer.zero_stage else norm()
+        self._engine.step()
+        self.grad_norm = float(before if before is not None else norm())
+        self.steps_done += 1
+
+    @property
+    def learning_rate(self) -> float:
+        return self._engine.get_lr()[0]
+
+    @torch.no_grad()
+    def score(self, packed: Packed, temperature: float) -> Tensor:
+        """Log-probs [n] under the current weights, without a gradient."""
+        scorer = self._engine.module
+        usual, scorer.temperature = scorer.temperature, temperature
+        try:
+            return self._engine(packed.to(self._ranks.device))[0].cpu()
+        finally:
+            scorer.temperature = usual
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Trained parameters under their Hugging Face names, one at a time, on rank 0's CPU.
+
+        Other ranks get empty tensors. Under ZeRO 3 each parameter is gathered alone, so no rank holds the model.
+        Tied weights come once, as `save_pretrained` writes them.
+        """
+        for name, parameter in self.model.named_parameters():
+            if self.recipe.lora.rank and not parameter.requires_grad:
+                continue
+            with self._gathered(parameter):
+                data = parameter.detach() if self._ranks.first else torch.empty(0)
+                yield name, data.to("cpu", copy=True)
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Every rank writes its part below `directory / tag`."""
+        self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False, client_state=self._client_state())
+        if self._ranks.first:
+            for script in directory.glob("*.py"):  # DeepSpeed's converters: no code lies beside our data
+                script.unlink()
+
+    def load(self, directory: Path, tag: str) -> None:
+        """The caller has verified the files: DeepSpeed unpickles them."""
+        path, state = self._engine.load_checkpoint(str(directory), tag=tag)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {directory}")
+        self.steps_done = state["steps_done"]
+        torch.set_rng_state(state["rng"])
+
+    def _client_state(self) -> dict:
+        return {"steps_done": self.steps_done, "rng": torch.get_rng_state()}
+
+    def _gathered(self, parameter: Tensor) -> contextlib.AbstractContextManager:
+        if self.recipe.trainer.zero_stage < 3:
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=None)
+
+    def _with_reference(self, micro: MicroBatch) -> MicroBatch:
+        """With adapters the base model is the reference: the same weights with the adapters off, no second copy."""
+        if not (self.recipe.lora.rank and self.recipe.objective.kl_beta):
+            return micro
+        self.model.disable_adapters()
+        try:
+            with torch.no_grad():
+                return micro.with_reference(self._engine(micro.packed)[0])
+        finally:
+            self.model.enable_adapters()
+
+    def _plain_grad_norm(self) -> Tensor:
+        """ZeRO 0 reports none."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+
+def learning_rate_factor(step: int, optimizer: Optimizer, steps: int) -> float:
+    """The share of the learning rate that update number `step` (from 0) uses."""
+    if step < optimizer.warmup_steps:
+        return (step + 1) / (optimizer.warmup_steps + 1)
+    done = min(1.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[
+        optimizer.schedule
+    ]
+
+
+def _schedule(torch_optimizer: torch.optim.Optimizer, optimizer: Optimizer, steps: int):
+    return torch.optim.lr_scheduler.LambdaLR(
+        torch_optimizer, lambda step: learning_rate_factor(step, optimizer, steps)
+    )
+
+
+def _adamw(parameters: list[torch.nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:
+    """Decay for matrices only: norms and biases are no weights to shrink."""
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=optimizer.learning_rate,
+        betas=optimizer.betas,
+        eps=optimizer.epsilon,
+    )
+
+
+def _settings(recipe: Recipe) -> dict:
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": recipe.optimizer.max_grad_norm,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": recipe.trainer.zero_stage, "overlap_comm": False},
+        "communication_data_type": "fp32",
+    }
+    if recipe.model.dtype == "bfloat16":
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return settings

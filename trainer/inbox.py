@@ -1,0 +1,203 @@
+"""Where a step's groups come from: rank 0's hub thread serves the samplers, every rank gets the same bytes.
+
+The thread owns the socket; the desk (all protocol state) is shared under one lock. The training thread only
+calls `take`, `commit`, `examine` and `state`. While rank 0 waits for samplers, all ranks meet in a small
+all-reduce every two seconds; that is also how a stop signal or a failure on one of them reaches all.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Self
+
+import msgspec
+
+from protocol import codec
+from protocol.channel import Hub
+from protocol.errors import RunError
+from protocol.messages import Group, Pulse, Stop
+from trainer.desk import Desk, Letters
+from trainer.ranks import Ranks
+
+TURN_S = 2.0
+"""Between two meetings of the ranks while they wait."""
+
+
+class Inbox:
+    """All ranks construct one; only rank 0's has a desk and a hub."""
+
+    def __init__(self, ranks: Ranks, desk: Desk | None, hub: Hub | None) -> None:
+        self._ranks, self._desk, self._hub = ranks, desk, hub
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._closing = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="hub", daemon=True)
+        self.waited_s = 0.0
+        self.exams = 0
+
+    # -- the training thread, on every rank ----------------------------------------------------------------------
+
+    def take(self, count: int) -> list[Group] | None:
+        """The next `count` groups, the same on every rank; None when any rank was asked to stop.
+
+        Waits for samplers, without a limit: the hub thread ends the wait when enough groups are ready.
+        """
+        data = self._wait(lambda desk: desk.train.take(count) if desk.train else None)
+        return codec.decode_groups(data) if data else None
+
+    def commit(self, pulse: Pulse, step: int) -> None:
+        """The taken groups are trained, and these are the weights that came of it."""
+        if self._desk is None:
+            return
+        with self._changed:
+            if self._desk.train:
+                self._desk.train.commit(step)
+                self._desk.train.publish(pulse.snapshot)
+            self._desk.pulse = pulse
+        self._announce()
+
+    def examine(self) -> list[Group] | None:
+        """Has the announced weights answer every held-out prompt; None when asked to stop, [] without such data."""
+        number, self.exams = self.exams, self.exams + 1
+
+        def answers(desk: Desk) -> list[Group] | None:
+            if not desk.train or not desk.sets["eval"].rows:
+                return [] if desk.train else None
+            if desk.exam is None:
+                desk.start_exam(number)
+                self._announce()
+            return list(desk.exam.ready.values()) if desk.exam.finished() else None
+
+        data = self._wait(answers)
+        if self._desk:
+            with self._changed:
+                self._desk.exam = None
+        return codec.decode_groups(data) if data else None
+
+    def ask_to_stop(self) -> None:
+        """From a signal handler: the next `take` on every rank returns None."""
+        self._stopping.set()
+
+    # -- rank 0 --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict:
+        """What a checkpoint must keep: trained ids, lineage, data sets, exams."""
+        assert self._desk is not None
+        with self._changed:
+            return {
+                "ledger": self._desk.train.state() if self._desk.train else None,
+                "sets": msgspec.to_builtins(self._desk.sets),
+                "exams": self.exams,
+            }
+
+    def counts(self) -> dict[str, float]:
+        """Figures for the record: groups by status, samplers, their progress in tokens."""
+        assert self._desk is not None
+        with self._changed:
+            samplers = self._desk.samplers.values()
+            figures = {f"groups/{name}": float(count) for name, count in self._desk.counts.items() if count}
+            figures["samplers"] = float(len(samplers))
+            figures["sampler/tokens"] = float(sum(sampler.progress for sampler in samplers))
+            figures["malformed"] = float(self._hub.malformed) if self._hub else 0.0
+            figures["quarantined"] = float(len(self._desk.train.quarantined)) if self._desk.train else 0.0
+            return figures
+
+    def loaded(self) -> set[str]:
+        """Snapshots that samplers said they use."""
+        assert self._desk is not None
+        with self._changed:
+            return {sampler.snapshot for sampler in self._desk.samplers.values() if sampler.snapshot}
+
+    def finish(self, final: bool, patience_s: float = 10.0) -> None:
+        """Tells all samplers that the run is over (final) or pauses, and waits a little for their goodbyes."""
+        if self._desk is None:
+            return
+        with self._changed:
+            self._desk.stop = Stop(final=final)
+        self._announce()
+        deadline = time.monotonic() + patience_s
+        with self._changed:
+            while self._desk.samplers and final and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _wait(self, ready: Callable[[Desk], list[Group] | None]) -> bytes | None:
+        start = time.monotonic()
+        try:
+            while True:
+                data = self._poll(ready)
+                stopping, size = self._ranks.max([self._stopping.is_set(), len(data or b"")])
+                self._raise_failure()
+                if size:
+                    return self._ranks.broadcast(data, size)
+                if stopping:
+                    return None
+        finally:
+            self.waited_s += time.monotonic() - start
+
+    def _poll(self, ready: Callable[[Desk], list[Group] | None]) -> bytes | None:
+        """Rank 0: up to TURN_S for groups. Other ranks come to the meeting at once and wait there."""
+        if self._desk is None:
+            return None
+        deadline = time.monotonic() + TURN_S
+        with self._changed:
+            while not self._stopping.is_set() and self._failure is None:
+                groups = ready(self._desk)
+                if groups is not None:
+                    return codec.encode_groups(groups)
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    break
+        return None
+
+    def _raise_failure(self) -> None:
+        if isinstance(self._failure, RunError):
+            raise self._failure
+        if self._failure is not None:
+            raise RuntimeError("the hub thread failed") from self._failure
+
+    def _announce(self) -> None:
+        self._news = True
+        if self._hub:
+            self._hub.wake()
+
+    def _serve(self) -> None:
+        """The hub thread: one message in, the desk's answers out, until `close`."""
+        assert self._desk is not None and self._hub is not None
+        try:
+            next_tick = 0.0
+            while not self._closing.is_set():
+                received = self._hub.receive(timeout_s=1.0)
+                letters: Letters = []
+                with self._changed:
+                    now = time.monotonic()
+                    if self._news:
+                        self._news = False
+                        letters += self._desk.news() + self._desk.tick(now)
+                    if received:
+                        letters += self._desk.on(*received, now)
+                    if now >= next_tick:
+                        letters += self._desk.tick(now)
+                        next_tick = now + 1.0
+                    self._changed.notify_all()
+                for peer, message in letters:
+                    self._hub.send(peer, message)
+        except BaseException as error:  # told to the training thread, which ends the run
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def __enter__(self) -> Self:
+        self._news = False
+        if self._desk:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        if self._hub:
+            self._hub.wake()
+            self._thread.join(timeout=10.0)
+            self._hub.close()

@@ -1,0 +1,109 @@
+"""One rank of the trainer: puts the parts together, lets them run, takes them apart."""
+
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+
+import msgspec
+
+from policy.agreement import agree
+from policy.model import load_tokenizer, locate
+from protocol.channel import Hub
+from protocol.cli import log_to_console
+from protocol.keys import open_keys
+from protocol.messages import DataSet
+from protocol.metrics import MetricsWriter
+from protocol.process import die_with_parent, on_stop_signal, watch_ancestors
+from protocol.recipe import Recipe
+from protocol.rundir import Endpoint, RunDir
+from protocol.snapshot import sweep
+from trainer.checkpoint import Checkpoints, State
+from trainer.desk import Desk
+from trainer.engine import Policy
+from trainer.inbox import Inbox
+from trainer.loop import examine, train
+from trainer.publish import Publisher
+from trainer.ranks import Ranks
+from trainer.record import Record
+from trainer.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def run(rundir: RunDir, recipe: Recipe) -> int:
+    """The whole life of one rank. 0 when the run is complete, or was asked to stop and has saved."""
+    log_to_console(f"trainer.{os.environ['RANK']}")
+    die_with_parent()
+    watch_ancestors(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    rundir.make()
+    keys, directory = open_keys(rundir.keys), locate(recipe.model)
+    with Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
+        # Bind before claiming the incarnation: a second trainer on this port must not fence the first one.
+        hub = Hub(keys, recipe.network.bind, recipe.network.port) if ranks.first else None
+        incarnation = ranks.max([rundir.claim_incarnation() if ranks.first else 0])[0]
+        tokenizer = load_tokenizer(directory)
+        agreement = agree(keys.run_id, directory, tokenizer, recipe)
+        desk = Desk(recipe=recipe, agreement=agreement, incarnation=incarnation) if ranks.first else None
+        with Inbox(ranks, desk, hub) as inbox:
+            on_stop_signal(inbox.ask_to_stop)
+            policy = Policy(recipe, directory, ranks)
+            checkpoints = Checkpoints(rundir, keys, ranks, incarnation, agreement.model)
+            restore(checkpoints.resume(policy), desk, inbox)
+            if ranks.first:
+                sweep(rundir.snapshots)
+                sweep(rundir.checkpoints)
+            publisher = Publisher(rundir, keys.run_id, incarnation, tokenizer)
+            store = Store(publisher, checkpoints, recipe.trainer, first=ranks.first)
+            inbox.commit(store.publish(policy), policy.steps_done)
+            if hub:
+                announce(rundir, hub, incarnation)
+            with MetricsWriter(rundir.metrics / "trainer.jsonl" if ranks.first else Path(os.devnull)) as writer:
+                record = Record(writer, ranks, store)
+                complete = whole_run(policy, inbox, store, record, recipe)
+            store.checkpoint(policy, inbox, now=True)
+            if hub and complete:
+                announce(rundir, hub, incarnation, finished=True)
+            inbox.finish(final=complete)
+    log.info("%s after %d steps", "complete" if complete else "stopped, resumable", policy.steps_done)
+    return 0
+
+
+def whole_run(policy: Policy, inbox: Inbox, store: Store, record: Record, recipe: Recipe) -> bool:
+    """Held-out accuracy before, training, held-out accuracy after. False when asked to stop."""
+    log.info("%s", arithmetic(recipe))
+    if recipe.eval.before and not policy.steps_done and not examine(policy, inbox, record):
+        return False
+    if not train(policy, inbox, store, record, recipe):
+        return False
+    return not recipe.eval.after or examine(policy, inbox, record)
+
+
+def restore(state: State | None, desk: Desk | None, inbox: Inbox) -> None:
+    """Continues the history that a checkpoint ends."""
+    if state is None:
+        return
+    log.info("resumed from step %d", state.step)
+    inbox.exams = state.inbox["exams"]
+    if desk and state.inbox["ledger"]:
+        desk.sets = msgspec.convert(state.inbox["sets"], dict[str, DataSet])
+        desk.open_ledger(desk.sets["train"].rows).restore(state.inbox["ledger"])
+
+
+def announce(rundir: RunDir, hub: Hub, incarnation: int, finished: bool = False) -> None:
+    endpoint = Endpoint(address=hub.address, incarnation=incarnation, host=socket.gethostname(), finished=finished)
+    rundir.write_endpoint(endpoint)
+    if not finished:
+        log.info("listening on %s, run directory %s", hub.address, rundir.path)
+
+
+def arithmetic(recipe: Recipe) -> str:
+    """The three batch numbers and what follows from them, in one sentence."""
+    trainer, sampling = recipe.trainer, recipe.sampling
+    completions = trainer.prompts_per_step * sampling.group_size
+    return (
+        f"each of {trainer.steps} steps trains {trainer.prompts_per_step} prompts x {sampling.group_size} completions "
+        f"= {completions} completions of at most {sampling.max_tokens} tokens, packed into rows of "
+        f"{trainer.tokens_per_micro_batch} tokens; samplers run at most {trainer.max_staleness} steps ahead"
+    )
