@@ -72,5 +72,5 @@ def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes):
         raise Malformed(f"frame of {len(frame)} bytes; the limit is {MAX_FRAME}")
     try:
         return decoder.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(str(error)) from None

@@ -114,6 +114,7 @@ def resolve_recipe(run: Path | None, recipe: Path | None, overrides: list[str]) 
             return RunDir(run), previous
         wanted = load(recipe or kept, overrides)
         _refuse_if_different(run, previous, wanted)
+        write_atomic(kept, dump(wanted).encode())
         return RunDir(run), wanted
     resolved = load(recipe, overrides)
     rundir = RunDir(run or Path("runs") / resolved.name)

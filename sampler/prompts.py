@@ -127,7 +127,8 @@ def _parquet(path: Path, stop: int | None) -> list[dict]:
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path).slice(0, stop).to_pylist()
+        with path.open("rb") as file:  # the system's own words if it cannot be opened
+            return parquet.read_table(file).slice(0, stop).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path} is no parquet file: {error}") from None
 

@@ -57,12 +57,34 @@ def test_a_number_is_read_through_its_dress(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "apples", "1,08", "1,2", "12,3456", "1e3", "1e999999999", "inf", "nan", "3/0", "1 1/2"]
-    + ["x = 5", "2+3", "5 - 3", "5 or 6", "--5", "3. Compute 4", "\u0663", "__import__('os')"]
-    + ["9" * 10_000],
+    [
+        "",
+        "apples",
+        "1,08",
+        "1,2",
+        "12,3456",
+        "1e3",
+        "1e999999999",
+        "inf",
+        "nan",
+        "3/0",
+        "1 1/2",
+        "x = 5",
+        "2+3",
+        "5 - 3",
+        "5 or 6",
+        "--5",
+        "3. Compute 4",
+        "\u0663",
+        "__import__('os')",
+    ],
 )
 def test_what_is_not_one_number_is_no_number(text):
     assert number(text) is None
+
+
+def test_a_number_as_long_as_a_book_is_none():
+    assert number("9" * 10_000) is None
 
 
 def test_numbers_are_compared_exactly_not_as_floats():
@@ -96,8 +118,18 @@ def test_the_mark_that_begins_last_decides(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["the answer is 42", "42", "", "<answer>42", r"\boxed{42", "</answer>42<answer>", "#### none"]
-    + ["<answer>7</answer> no: <answer>seven</answer>", r"\boxed{}", "<answer>3 + 4 = 7</answer>"],
+    [
+        "",
+        "42",
+        "the answer is 42",
+        "<answer>42",
+        "</answer>42<answer>",
+        "<answer>7</answer> no: <answer>seven</answer>",
+        "<answer>3 + 4 = 7</answer>",
+        r"\boxed{42",
+        r"\boxed{}",
+        "#### none",
+    ],
 )
 def test_without_a_number_in_a_mark_there_is_no_answer(text):
     assert final_answer(text) is None
@@ -208,8 +240,8 @@ def test_looking_for_a_reward_runs_none_of_its_code(tmp_path, monkeypatch):
 
 
 def test_an_option_that_the_function_would_ignore_is_refused():
-    """Ancestor defect 6: settings that nothing reads. `**columns` would swallow the typing error."""
-    with pytest.raises(UserError, match=r"no parameter for the option 'corect'; it has: correct, "):
+    """Ancestor defect 6: settings that nothing reads. `**columns` would swallow the misspelling."""
+    with pytest.raises(UserError, match="no parameter for the option 'corect'; it has: correct"):
         load("gsm8k", {"corect": 2.0})
     with pytest.raises(UserError, match="'completions'"):
         load("gsm8k", {"completions": 2.0})

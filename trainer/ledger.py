@@ -86,9 +86,10 @@ class Ledger:
             return "unknown"
         if group_id not in self.leases and outstanding >= cap:
             return "full"
-        self.leases.pop(group_id, None)
+        leased = self.leases.pop(group_id, None)
         if self._staleness(group) > self.max_staleness:
-            self._requeue(group_id)
+            if leased:  # else its turn comes, or is in the queue already
+                self._requeue(group_id)
             return "stale"
         self.ready[group_id] = group
         return "accepted"

@@ -21,7 +21,7 @@ from protocol.errors import UserError
 from sampler.rewards import builtin
 
 BUILTIN: dict[str, Callable] = {"gsm8k": builtin.gsm8k, "format": builtin.format}
-GIVEN = {"prompts", "completions"}
+GIVEN = ("prompts", "completions")
 
 
 def name_of(reference: str) -> str:
@@ -77,12 +77,12 @@ def load(reference: str, options: dict) -> Callable:
     return function
 
 
-def accepted(function: Callable, columns: dict) -> dict:
-    """The columns that the function takes: all of them with `**columns`, else those it names."""
+def accepted(function: Callable, arguments: dict) -> dict:
+    """The arguments that the function takes: all of them with `**columns`, else those it names."""
     parameters = inspect.signature(function).parameters
     if any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
-        return columns
-    return {name: column for name, column in columns.items() if name in parameters}
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def required(function: Callable, options: dict) -> list[str]:
@@ -92,7 +92,7 @@ def required(function: Callable, options: dict) -> list[str]:
         for name, item in inspect.signature(function).parameters.items()
         if item.default is item.empty
         and item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
-        and name not in GIVEN | options.keys()
+        and name not in (*GIVEN, *options)
     ]
 
 

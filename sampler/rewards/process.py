@@ -98,10 +98,8 @@ class RewardProcess:
                     os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            with contextlib.suppress(
-                TimeoutError
-            ):  # an escaped process that holds a pipe must not hold us
-                async with asyncio.timeout(5):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):  # a pipe that an escaped process holds open
                     await self._process.wait()
         shutil.rmtree(self._home, ignore_errors=True)
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from protocol.errors import UserError
-from sampler.rewards.loader import accepted, file_of, load, required, where
+from sampler.rewards.loader import GIVEN, accepted, file_of, load, required, where
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -48,7 +48,7 @@ def main() -> None:
     send(replies, {"required": [required(call.run, call.options) for call in calls]})
     with (
         asyncio.Runner() as runner
-    ):  # one loop for all calls: a client that a function keeps stays usable
+    ):  # one loop for all calls: clients kept between them stay usable
         for line in requests:
             request = json.loads(line)
             send(replies, answer(calls[request["reward"]], request, runner))
@@ -65,17 +65,13 @@ class Call:
 
 def answer(call: Call, request: dict, runner: asyncio.Runner) -> dict:
     """Calls the function for one group; whatever it does wrong becomes the text of an error."""
-    prompts, completions = request["prompts"], request["completions"]
+    given = {name: request[name] for name in GIVEN}
     try:
-        columns = accepted(call.run, request["columns"]) | call.options
-        values = call.run(prompts=prompts, completions=completions, **columns)
+        values = call.run(**accepted(call.run, request["columns"] | call.options | given))
         if inspect.isawaitable(values):
             values = runner.run(_wait(values))
-        return {"values": checked(values, len(completions))}
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # a bad reward is data: the sampler counts and reports it
+        return {"values": checked(values, len(request["completions"]))}
+    except (Exception, SystemExit) as error:  # a bad reward is data: counted and reported
         return {"error": where(error, file_of(call.reference))}
 
 

