@@ -7,6 +7,7 @@ build. Needs nothing but the standard library. Ended half-way it is simply run a
 it; packages and versions are in pyproject.toml.
 """
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -79,11 +80,10 @@ def check_torch(facts: str, gpu: bool) -> None:
 
 
 def activity(pip_line: str) -> str | None:
-    """What pip's line means to a person: "downloading torch-2.13.0.whl (190 MB)"; None: nothing."""
-    words = pip_line.split()
-    match words:
+    """What pip's line means to a person: "downloading torch 2.13.0 (190 MB)"; None: nothing."""
+    match pip_line.split():
         case ["Downloading", name, *size] | ["Using", "cached", name, *size]:
-            return " ".join(["downloading", name.rsplit("/", 1)[-1].split("#")[0], *size])
+            return " ".join(["downloading", *name.split("-")[:2], *size])
         case ["Building", "wheel", "for", name, *_]:
             return f"building {name}"
         case ["Installing", "collected", "packages:", *names]:
@@ -109,8 +109,7 @@ class Steps:
 
     def say(self, text: str, end: str = "\n") -> None:
         """A line with the seconds since the start; without an `end` the next one replaces it."""
-        elapsed_s = time.monotonic() - self.started
-        print(f"{self.clear}{elapsed_s:5.0f} s  {text}", end=end, flush=True)
+        print(f"{self.clear}{time.monotonic() - self.started:5.0f} s  {text}", end=end, flush=True)
 
     def run(self, title: str, command: list[str]) -> str:
         """What a command printed; InstallError with its most telling line if it failed."""
@@ -125,7 +124,8 @@ class Steps:
                     self.say(f"  {news}"[:90], end="")
         print(self.clear, end="", flush=True)
         if process.returncode != 0:
-            raise InstallError(f"{title} failed: {last_error(lines)} (all of it: {self.log})")
+            hint = f"all of it: {self.log}; `make clean` starts over"
+            raise InstallError(f"{title} failed: {last_error(lines)} ({hint})")
         return "".join(lines)
 
 
@@ -141,6 +141,10 @@ def _works(command: list[str]) -> bool:
 def make_venv(steps: Steps, venv: Path) -> str:
     """The environment's Python; an environment whose making was interrupted is made anew."""
     python = str(venv / "bin" / "python")
+    if importlib.util.find_spec("ensurepip") is None:
+        raise InstallError(
+            f"{sys.executable} cannot make environments; on Debian: apt-get install python3-venv"
+        )
     if not (Path(python).exists() and _works([python, "-m", "pip", "--version"])):
         title = f"making {venv} with Python {sys.version.split()[0]}"
         steps.run(title, [sys.executable, "-m", "venv", "--clear", str(venv)])
@@ -163,7 +167,7 @@ def install_cpu_torch(steps: Steps, pip: list[str]) -> None:
     try:
         steps.run("installing CPU torch as pip is configured", [*pip, "install", CPU_TORCH])
     except InstallError:
-        title = "not found there; installing CPU torch from PyTorch's own index"
+        title = "installing CPU torch from PyTorch's index, as it is not there"
         steps.run(title, [*pip, "install", CPU_TORCH, "--index-url", CPU_INDEX])
 
 

@@ -8,7 +8,7 @@ Python package, so that the demo needs a package registry and nothing else. A co
 once, aside, and renamed when complete: what lies under its final name is whole. The weights are
 dequantized to bfloat16; nothing is trained or sampled in GGUF's own types.
 
-Try it:  python -m policy.embedded smollm2-135m-instruct
+Try it:  python -c 'from policy.embedded import *; print(embedded(NAME))'
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def cache() -> Path:
 
 
 def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """`target`, filled by `make` under another name at first; one process makes, the others wait."""
+    """`target`, filled by `make` under another name at first; one process makes it, others wait."""
     if target.is_dir():
         return target
     aside = target.with_name(target.name + ".making")
@@ -134,8 +134,7 @@ def _convert(file: Path, directory: Path) -> None:
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     vars(model.config).pop("quantization_config", None)  # left there by some versions
-    model.hf_quantizer = None
-    model.is_quantized = False
+    vars(model).update(hf_quantizer=None, is_quantized=False)  # or it refuses to be saved
     for key, value in model.config.to_dict().items():
         if isinstance(value, float):  # GGUF holds float32: 9.999999747e-06 was 1e-05
             setattr(model.config, key, float(str(np.float32(value))))
@@ -145,8 +144,3 @@ def _convert(file: Path, directory: Path) -> None:
     )
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
-
-
-if __name__ == "__main__":
-    found = embedded(sys.argv[1]) or from_gguf(Path(sys.argv[1]))
-    sys.stdout.write(f"{found}\n")

@@ -1,7 +1,8 @@
 """Log-probs of given tokens: the one computation that sampler and trainer must do alike.
 
-Sequences are packed into one row, never padded. Log-probs exist for completion tokens only, a chunk at a time:
-the full [tokens, vocabulary] logits of a row are never in memory, forward or backward.
+Sequences are packed into one row, never padded, and a prompt that several completions share is computed once.
+Log-probs exist for completion tokens only, a chunk at a time: the full [tokens, vocabulary] logits of a row are
+never in memory, forward or backward.
 """
 
 from collections.abc import Sequence
@@ -12,39 +13,69 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+Branches = tuple[np.ndarray, Sequence[np.ndarray]]
+"""A prompt [m] and the completions [n_i] that continue it, as token ids."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """Sequences behind each other in one row. t = all tokens, n = completion tokens of all sequences."""
+    """Prompts with their completions behind each other in one row. t = tokens computed, n = tokens scored."""
 
     input_ids: Tensor
-    """[1, t] int64"""
+    """[1, t] int64; the last token of a completion is only a target"""
     position_ids: Tensor
-    """[1, t] int64, from 0 again for every sequence: that alone keeps sequences from seeing each other"""
+    """[1, t] int64; every completion goes on where its prompt ends"""
+    visible: Tensor
+    """[1, 1, t, t] bool: who sees whom. A completion sees its prompt and itself; nobody sees a neighbour"""
     predictors: Tensor
     """[n] int64: the position whose hidden state predicts targets[i]"""
     targets: Tensor
     """[n] int64"""
 
     def to(self, device: torch.device | str) -> "Packed":
-        fields = (self.input_ids, self.position_ids, self.predictors, self.targets)
-        ids, positions, predictors, targets = (tensor.to(device) for tensor in fields)
-        return Packed(input_ids=ids, position_ids=positions, predictors=predictors, targets=targets)
+        return Packed(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            visible=self.visible.to(device),
+            predictors=self.predictors.to(device),
+            targets=self.targets.to(device),
+        )
 
 
-def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> Packed:
-    """Packs (prompt [m], completion [n]) pairs of token ids; every prompt has at least one token."""
-    lengths = [(len(prompt), len(completion)) for prompt, completion in sequences]
-    starts = np.cumsum([0, *(m + n for m, n in lengths)])
-    rows = [np.concatenate([prompt, completion]) for prompt, completion in sequences]
-    positions = [np.arange(m + n) for m, n in lengths]
-    predictors = [start + m - 1 + np.arange(n) for start, (m, n) in zip(starts, lengths, strict=False)]
+def pack(prompts: Sequence[Branches]) -> Packed:
+    """Packs prompts with their completions; the scored tokens come out in the order given.
+
+    Every prompt and every completion has at least one token.
+    """
+    ids, positions, roots, branches, predictors = [], [], [], [], []
+    start = branch = 0
+    for root, (prompt, completions) in enumerate(prompts):
+        last, m = start + len(prompt) - 1, len(prompt)
+        parts = [prompt, *(completion[:-1] for completion in completions)]
+        for number, part in enumerate(parts):
+            ids.append(part)
+            positions.append(np.arange(len(part)) + (m if number else 0))
+            roots.append(np.full(len(part), root))
+            branches.append(np.full(len(part), branch + number if number else -1))
+            if number:
+                predictors.append(np.concatenate([[last], start + np.arange(len(part))]))
+            start += len(part)
+        branch += len(completions)
     return Packed(
-        input_ids=_int64(rows)[None],
+        input_ids=_int64(ids)[None],
         position_ids=_int64(positions)[None],
+        visible=_visible(_int64(roots), _int64(branches)),
         predictors=_int64(predictors),
-        targets=_int64([completion for _, completion in sequences]),
+        targets=_int64([completion for _, completions in prompts for completion in completions]),
     )
+
+
+def _visible(roots: Tensor, branches: Tensor) -> Tensor:
+    """[t] prompt and [t] completion (-1: part of the prompt) of each token -> [1, 1, t, t]."""
+    order = torch.arange(len(roots))
+    same_root = roots[:, None] == roots
+    on_path = (branches == -1) | (branches[:, None] == branches)
+    return (same_root & on_path & (order[:, None] >= order))[None, None]
 
 
 class TokenLogprobs(nn.Module):
@@ -62,9 +93,11 @@ class TokenLogprobs(nn.Module):
 
     def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """-> log-probs [n] and entropies [n] (no gradient), float32, in nats."""
-        # No attention mask: an all-ones one would let packed sequences see each other (transformers 5).
         output = self.model.base_model(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            attention_mask=packed.visible,
+            use_cache=False,
         )
         hidden = output.last_hidden_state[0, packed.predictors]
         weight = self.model.get_output_embeddings().weight

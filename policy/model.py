@@ -64,9 +64,11 @@ def load_model(directory: Path, dtype: str) -> PreTrainedModel:
     """The causal language model on the CPU. Raises UserError for one whose log-probs would come out wrong."""
     config = AutoConfig.from_pretrained(directory)
     strange = [name for name in UNSUPPORTED if getattr(config, name, None) not in (None, 1, 1.0)]
+    strange += {*(getattr(config, "layer_types", None) or [])} - {"full_attention"}
     if strange:
         raise UserError(f"{directory}: models with {', '.join(strange)} are not supported")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype])
+    # sdpa takes our own mask of who sees whom; other implementations take other kinds of masks.
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation="sdpa")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"{directory}: models whose output layer has a bias are not supported")
     model.config.use_cache = False

@@ -34,7 +34,7 @@ class Reference:
     def _score(self, prompt: np.ndarray, completions: Sequence[np.ndarray]) -> list[np.ndarray]:
         scored: list[np.ndarray] = []
         for row in _rows(len(prompt), completions, self._budget):
-            logprobs, _ = self._scorer(pack([(prompt, tokens) for tokens in row]).to(self._device))
+            logprobs, _ = self._scorer(pack([(prompt, row)]).to(self._device))
             scored += [part.cpu().numpy() for part in logprobs.split([len(tokens) for tokens in row])]
         return scored
 
@@ -44,9 +44,9 @@ def _rows(prompt: int, completions: Sequence[np.ndarray], budget: int) -> list[l
     rows: list[list[np.ndarray]] = []
     room = 0
     for tokens in completions:
-        if not rows or prompt + len(tokens) > room:
+        if not rows or len(tokens) > room:
             rows.append([])
-            room = budget
+            room = budget - prompt
         rows[-1].append(tokens)
-        room -= prompt + len(tokens)
+        room -= len(tokens)
     return rows

@@ -8,7 +8,7 @@ from policy.logprobs import TokenLogprobs
 from protocol.recipe import Objective
 from tests.groups import make_group
 from tests.tiny import make_model
-from trainer.batch import make_batch
+from trainer.batch import _samples, length, make_batch, split_evenly
 from trainer.loss import grpo
 
 GROUPS = [make_group(number, rewards=[0.0, 1.0, 0.0, 2.0], reference=True) for number in range(5)]
@@ -45,6 +45,15 @@ def test_the_gradient_is_the_same_for_any_ranks_rows_and_padding(tmp_path):
     for name, batches in cuts.items():
         gap = (gradient(model, batches) - whole).norm() / scale
         assert gap < 1e-6, f"{name}: {gap}"
+
+
+def test_work_is_even_over_ranks_also_when_groups_are_few():
+    for count in (1, 2, 3, 5):
+        groups = [[*piece] for piece in (_samples(make_group(n, rewards=[0.0, 1.0] * 8), True) for n in range(count))]
+        work = [sum(map(length, share)) for share in split_evenly(groups, 2)]
+        assert max(work) < 1.35 * min(work), (count, work)
+        together = [sample for share in split_evenly(groups, 2) for piece in share for sample in piece]
+        assert sorted(map(id, together)) == sorted(id(sample) for group in groups for sample in group)
 
 
 def test_ranks_get_equally_many_rows_and_every_sample_once():

@@ -93,8 +93,8 @@ def test_no_host_is_named_but_pytorchs_cpu_index():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("  Downloading torch-2.13.0.whl (190.1 MB)", "downloading torch-2.13.0.whl (190.1 MB)"),
-        ("Using cached peft-0.21.whl (1 kB)", "downloading peft-0.21.whl (1 kB)"),
+        ("  Downloading torch-2.13.0-cp311.whl (190 MB)", "downloading torch 2.13.0 (190 MB)"),
+        ("Using cached peft-0.21-py3.whl (1 kB)", "downloading peft 0.21 (1 kB)"),
         ("  Building wheel for deepspeed (pyproject.toml): started", "building deepspeed"),
         ("Installing collected packages: a, b, c", "unpacking 3 packages"),
         ("Requirement already satisfied: numpy", None),
@@ -107,7 +107,7 @@ def test_pips_lines_become_words(line: str, words: str | None):
 def test_a_failed_step_is_one_line_with_pips_own_error(tmp_path: Path):
     steps = Steps(tmp_path / "log")
     script = "echo Collecting x; echo 'ERROR: No matching distribution'; echo bye; exit 1"
-    expected = r"^installing x failed: ERROR: No matching distribution \(all of it: .*log\)$"
+    expected = r"^installing x failed: ERROR: No matching distribution \(all of it: .*clean` .*\)$"
     with pytest.raises(InstallError, match=expected):
         steps.run("installing x", ["sh", "-c", script])
     assert "Collecting x" in (tmp_path / "log").read_text()

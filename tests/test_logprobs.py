@@ -34,7 +34,7 @@ def plain(model, prompt: np.ndarray, completion: np.ndarray, temperature: float)
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_packed_chunked_logprobs_equal_each_sequence_alone(model, temperature, chunk):
     batch = sequences(5)
-    found, entropies = TokenLogprobs(model, temperature, chunk)(pack(batch))
+    found, entropies = TokenLogprobs(model, temperature, chunk)(pack([(prompt, [completion]) for prompt, completion in batch]))
     expected = torch.cat([plain(model, prompt, completion, temperature) for prompt, completion in batch])
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
     assert (entropies >= 0).all() and entropies.shape == found.shape
@@ -43,9 +43,20 @@ def test_packed_chunked_logprobs_equal_each_sequence_alone(model, temperature, c
 def test_a_neighbour_in_the_row_changes_nothing(model):
     first, second = sequences(2)
     scorer = TokenLogprobs(model, 1.0, 64)
-    alone = scorer(pack([first]))[0]
-    together = scorer(pack([second, first]))[0][len(second[1]) :]
+    alone = scorer(pack([(first[0], [first[1]])]))[0]
+    together = scorer(pack([(second[0], [second[1]]), (first[0], [first[1]])]))[0][len(second[1]) :]
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_completions_that_share_a_prompt_are_scored_as_if_alone(model):
+    """And the prompt is computed once: that is what makes small groups of long prompts cheap."""
+    prompt, completions = np.arange(17), [np.arange(20, 29), np.array([3]), np.arange(40, 60)]
+    packed = pack([(prompt, completions), (prompt[:3], completions[:1])])
+    found, _ = TokenLogprobs(model, 1.0, 8)(packed)
+    pairs = [*((prompt, completion) for completion in completions), (prompt[:3], completions[0])]
+    expected = torch.cat([plain(model, *pair, 1.0) for pair in pairs])
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+    assert packed.input_ids.shape[1] == 17 + 8 + 0 + 19 + 3 + 8
 
 
 @pytest.mark.parametrize("chunk", [2, 100])
@@ -65,7 +76,7 @@ def test_the_gradient_equals_autograd_through_full_logits_in_float64(chunk):
 def test_logits_of_all_tokens_never_exist_together(model):
     """The largest tensor saved for backward is smaller than [tokens, vocabulary]."""
     sizes = []
-    batch = [(np.arange(4), np.arange(200) % 300)]
+    batch = [(np.arange(4), [np.arange(200) % 300])]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         TokenLogprobs(model, 1.0, 8)(pack(batch))
     assert max(sizes) < 200 * model.config.vocab_size

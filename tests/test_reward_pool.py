@@ -329,6 +329,14 @@ def test_two_functions_of_one_name_are_told_apart(mine, tmp_path):
     assert score(rewards).by_function == {"length": [6.0, 6.0], "length_2": [7.0, 7.0]}
 
 
+def test_two_functions_of_one_file_share_what_it_holds(tmp_path):
+    code = "held = []\ndef first(completions):\n    held.append(4)\n    return [0, 0]\n"
+    code += "def second(completions):\n    return held * 2\n"
+    (tmp_path / "both.py").write_text(code)
+    rewards = [Reward(function=f"{tmp_path}/both.py:{name}") for name in ("first", "second")]
+    assert score(rewards).rewards == [4.0, 4.0]
+
+
 def test_a_module_is_found_where_the_sampler_was_started(tmp_path, monkeypatch):
     (tmp_path / "pkg_of_rewards").mkdir()
     (tmp_path / "pkg_of_rewards/good.py").write_text("def f(completions):\n    return [3, 3]\n")

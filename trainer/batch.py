@@ -4,6 +4,7 @@ The loss of a step is a sum over completion tokens divided by `denominator`, kno
 and the same on every rank. So neither the number of ranks nor the packing changes the update.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,17 +21,18 @@ from trainer.advantage import group_advantages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A prompt with one of its completions. m prompt tokens, n completion tokens."""
+    """One completion of a group. m prompt tokens, n completion tokens."""
 
+    group: int
     prompt: np.ndarray  # [m]
     tokens: np.ndarray  # [n]
     logprobs: np.ndarray  # [n] float32, the sampler's
     ref_logprobs: np.ndarray | None  # [n] float32
     advantage: float
 
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
+
+Piece = list[Sample]
+"""Completions of one group; their prompt is computed once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,43 +85,71 @@ def make_batch(
     skip_zero: leave out completions whose advantage is exactly 0. That is exact where the loss has no other term
     (kl_beta = 0), because the denominator still counts them.
     """
-    samples = [sample for group in groups for sample in _samples(group, advantage_std)]
-    denominator = float(sum(len(sample.tokens) for sample in samples))
-    trained = [sample for sample in samples if sample.advantage or not skip_zero]
+    pieces = [_samples(group, advantage_std) for group in groups]
+    denominator = float(sum(len(sample.tokens) for piece in pieces for sample in piece))
+    trained = [[sample for sample in piece if sample.advantage or not skip_zero] for piece in pieces]
     shares = [pack_rows(share, tokens_per_micro_batch) for share in split_evenly(trained, world)]
     rows = shares[rank] + [[]] * (max(1, *map(len, shares)) - len(shares[rank]))  # ranks must step together
-    micro_batches = [_micro_batch(row, denominator) for row in rows]
-    figures = {**_figures(groups, step), "train/tokens": float(sum(sample.length for sample in trained))}
-    return Batch(micro_batches=micro_batches, group_ids=[group.group_id for group in groups], figures=figures)
+    return Batch(
+        micro_batches=[_micro_batch(row, denominator) for row in rows],
+        group_ids=[group.group_id for group in groups],
+        figures={**_figures(groups, step), "train/tokens": float(sum(map(length, trained)))},
+    )
 
 
-def split_evenly(samples: Sequence[Sample], world: int) -> list[list[Sample]]:
-    """Longest first, each to the rank with the least cost so far (Graham's LPT rule)."""
-    shares: list[list[Sample]] = [[] for _ in range(world)]
-    costs = [0.0] * world
-    for sample in sorted(samples, key=lambda sample: -sample.length):
-        rank = costs.index(min(costs))
-        shares[rank].append(sample)
-        costs[rank] += sample.length
-    return shares
+def length(piece: Piece) -> int:
+    """Tokens that a forward pass computes for it."""
+    return len(piece[0].prompt) + sum(len(sample.tokens) for sample in piece) if piece else 0
 
 
-def pack_rows(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
-    """First fit, longest first: rows of at most `budget` tokens; a longer sample gets a row of its own."""
-    rows: list[list[Sample]] = []
+def split_evenly(groups: Sequence[Piece], world: int) -> list[list[Piece]]:
+    """Longest first, each to the rank with the least work so far (Graham's LPT rule).
+
+    Groups are cut only where whole ones are too coarse for an even split: a cut costs its prompt once more.
+    """
+    limit = sum(map(length, groups)) / world / 4 if world > 1 else float("inf")
+    pieces = [piece for group in groups if group for piece in _cut(group, limit)]
+    shares: list[list[Piece]] = [[] for _ in range(world)]
+    work = [0] * world
+    for piece in sorted(pieces, key=length, reverse=True):
+        rank = work.index(min(work))
+        shares[rank].append(piece)
+        work[rank] += length(piece)
+    return [_rejoined(share) for share in shares]
+
+
+def pack_rows(pieces: Sequence[Piece], budget: int) -> list[list[Piece]]:
+    """First fit, longest first: rows of at most `budget` tokens; a single longer completion gets a row of its own."""
+    rows: list[list[Piece]] = []
     room: list[int] = []
-    for sample in sorted(samples, key=lambda sample: -sample.length):
-        fitting = next((i for i, left in enumerate(room) if sample.length <= left), None)
-        if fitting is None:
-            rows.append([sample])
-            room.append(budget - sample.length)
+    fitting = [part for piece in pieces for part in _cut(piece, budget)]
+    for piece in sorted(fitting, key=length, reverse=True):
+        place = next((i for i, left in enumerate(room) if length(piece) <= left), None)
+        if place is None:
+            rows.append([piece])
+            room.append(budget - length(piece))
         else:
-            rows[fitting].append(sample)
-            room[fitting] -= sample.length
+            rows[place].append(piece)
+            room[place] -= length(piece)
     return rows
 
 
+def _cut(piece: Piece, limit: float) -> list[Piece]:
+    """Halved until every part is within the limit or a single completion."""
+    if len(piece) == 1 or length(piece) <= limit:
+        return [piece]
+    middle = len(piece) // 2
+    return _cut(piece[:middle], limit) + _cut(piece[middle:], limit)
+
+
+def _rejoined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Pieces of one group that met again on one rank become one."""
+    samples = sorted(itertools.chain(*pieces), key=lambda sample: sample.group)
+    return [list(piece) for _, piece in itertools.groupby(samples, key=lambda sample: sample.group)]
+
+
 FILLER = Sample(
+    group=-1,
     prompt=np.zeros(1, np.int32),
     tokens=np.zeros(1, np.int32),
     logprobs=np.zeros(1, np.float32),
@@ -129,11 +159,12 @@ FILLER = Sample(
 """Stands in where a rank has fewer rows than others; its mask is 0."""
 
 
-def _samples(group: Group, advantage_std: bool) -> list[Sample]:
+def _samples(group: Group, advantage_std: bool) -> Piece:
     prompt = unpack(group.prompt)
     rewards = np.array([completion.reward for completion in group.completions])
     return [
         Sample(
+            group=group.group_id,
             prompt=prompt,
             tokens=unpack(completion.tokens),
             logprobs=unpack(completion.logprobs),
@@ -144,16 +175,17 @@ def _samples(group: Group, advantage_std: bool) -> list[Sample]:
     ]
 
 
-def _micro_batch(row: list[Sample], denominator: float) -> MicroBatch:
-    samples = row or [FILLER]
-    lengths = [len(sample.tokens) for sample in samples]
+def _micro_batch(row: list[Piece], denominator: float) -> MicroBatch:
+    pieces = row or [[FILLER]]
+    samples = list(itertools.chain(*pieces))
     refs = [sample.ref_logprobs for sample in samples if sample.ref_logprobs is not None]
+    advantages = [np.full(len(sample.tokens), sample.advantage) for sample in samples]
     return MicroBatch(
-        packed=pack([(sample.prompt, sample.tokens) for sample in samples]),
+        packed=pack([(piece[0].prompt, [sample.tokens for sample in piece]) for piece in pieces]),
         sampler_logprobs=_float32([sample.logprobs for sample in samples]),
         ref_logprobs=_float32(refs) if refs else None,
-        advantages=_float32([np.repeat([sample.advantage], len(sample.tokens)) for sample in samples]),
-        mask=torch.full((sum(lengths),), float(bool(row))),
+        advantages=_float32(advantages),
+        mask=torch.full((sum(map(len, advantages)),), float(bool(row))),
         denominator=denominator,
     )
 

@@ -82,7 +82,7 @@ class Publisher:
 
     def _canary(self, policy: Policy) -> Canary:
         sequences = [torch.tensor(sequence).numpy() for sequence in self._sequences]
-        logprobs = policy.score(pack([(tokens[:1], tokens[1:]) for tokens in sequences]), temperature=1.0)
+        logprobs = policy.score(pack([(tokens[:1], [tokens[1:]]) for tokens in sequences]), temperature=1.0)
         parts = logprobs.split([len(tokens) - 1 for tokens in sequences])
         return Canary(tokens=self._sequences, logprobs=[part.tolist() for part in parts])
 

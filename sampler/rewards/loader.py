@@ -49,9 +49,7 @@ def find(reference: str) -> str:
         raise UserError(
             f"reward {reference!r}: {where!r} is neither a .py file nor a module's name"
         )
-    package = where.partition(".")[
-        0
-    ]  # a submodule cannot be looked up without importing its package
+    package, *_ = where.split(".")  # looking further would import it
     if PathFinder.find_spec(package, [os.getcwd(), *sys.path]) is None:
         raise UserError(
             f"reward {reference!r}: no package {package!r}; install it, or start where it lies"
@@ -132,10 +130,7 @@ def _import(reference: str) -> Callable:
         )
         file = module.__file__ or source
         function = vars(module).get(name)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # whatever user code does at import is one line for its author
+    except (Exception, SystemExit) as error:  # whatever it does is one line for its author
         raise UserError(f"reward {reference}: the import fails: {where(error, file)}") from None
     if not callable(function):
         raise UserError(
@@ -146,17 +141,18 @@ def _import(reference: str) -> Callable:
 
 def _from_file(path: Path) -> ModuleType:
     sys.path.append(str(path.parent))  # last, so that a neighbour named random.py hides nothing
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    name = str(path).replace(".", "_")
+    if name in sys.modules:  # two functions of one file share its state and its import
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot import {path}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and typing look their module up there
+    sys.modules[name] = module  # dataclasses and typing look their module up there
     spec.loader.exec_module(module)
     return module
 
 
 def _functions(module: ModuleType) -> str:
-    own = [
-        name for name, item in vars(module).items() if inspect.isfunction(item) and name[0] != "_"
-    ]
+    own = [name for name, item in vars(module).items() if inspect.isfunction(item)]
     return f"it has: {', '.join(own)}" if own else "it has none"

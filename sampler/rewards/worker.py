@@ -46,9 +46,7 @@ def main() -> None:
     except UserError as error:
         return send(replies, {"refused": str(error)})
     send(replies, {"required": [required(call.run, call.options) for call in calls]})
-    with (
-        asyncio.Runner() as runner
-    ):  # one loop for all calls: clients kept between them stay usable
+    with asyncio.Runner() as runner:  # one for all calls: a client kept between them stays usable
         for line in requests:
             request = json.loads(line)
             send(replies, answer(calls[request["reward"]], request, runner))
