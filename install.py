@@ -70,13 +70,9 @@ def check_torch(facts: str, gpu: bool) -> None:
     """Refuses the wrong build of torch; `facts` reads "2.13.0+cpu None" or "2.13.0+cu130 13.0"."""
     version, cuda = facts.split()
     if gpu and cuda == "None":
-        raise InstallError(
-            f"torch {version} is a CPU build beside a GPU; does pip's configuration prefer it?"
-        )
+        raise InstallError(f"torch {version} is a CPU build beside a GPU; does pip's configuration prefer it?")
     if not gpu and cuda != "None":
-        raise InstallError(
-            f"torch {version} is built for CUDA {cuda} and there is no GPU; `make clean`, try again"
-        )
+        raise InstallError(f"torch {version} is built for CUDA {cuda} and there is no GPU; `make clean`, try again")
 
 
 def activity(pip_line: str) -> str | None:
@@ -142,9 +138,7 @@ def make_venv(steps: Steps, venv: Path) -> str:
     """The environment's Python; an environment whose making was interrupted is made anew."""
     python = str(venv / "bin" / "python")
     if importlib.util.find_spec("ensurepip") is None:
-        raise InstallError(
-            f"{sys.executable} cannot make environments; on Debian: apt-get install python3-venv"
-        )
+        raise InstallError(f"{sys.executable} cannot make environments; on Debian: apt-get install python3-venv")
     if not (Path(python).exists() and _works([python, "-m", "pip", "--version"])):
         title = f"making {venv} with Python {sys.version.split()[0]}"
         steps.run(title, [sys.executable, "-m", "venv", "--clear", str(venv)])

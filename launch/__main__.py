@@ -1,7 +1,7 @@
 """Starts a whole run on this machine, or talks to what came of one.
 
-    python -m launch recipes/demo.toml
-    python -m launch chat runs/demo
+python -m launch recipes/demo.toml
+python -m launch chat runs/demo
 """
 
 import sys

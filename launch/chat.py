@@ -28,7 +28,9 @@ def talk(path: Path, question: str | None) -> int:
 
     def answer(text: str) -> None:
         rendering = rendered(text, recipe)
-        ids = tokenizer.apply_chat_template(rendering, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = tokenizer.apply_chat_template(
+            rendering, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
             model.generate(**ids, max_new_tokens=limit, do_sample=False, use_cache=True, streamer=streamer)

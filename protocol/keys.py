@@ -1,9 +1,9 @@
 """The run's keys: made on first use, by whichever worker comes first, readable by their owner alone.
 
-    keys/hub.key_secret       the trainer's CURVE key pair; the run id is a hash of its public half
-    keys/sampler.key_secret   the key pair that all samplers of the run share
-    keys/clients/*.key        public keys that the trainer lets in
-    keys/checkpoint.key       signs checkpoints, so that only this run's files are ever unpickled
+keys/hub.key_secret       the trainer's CURVE key pair; the run id is a hash of its public half
+keys/sampler.key_secret   the key pair that all samplers of the run share
+keys/clients/*.key        public keys that the trainer lets in
+keys/checkpoint.key       signs checkpoints, so that only this run's files are ever unpickled
 """
 
 import hashlib

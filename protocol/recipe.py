@@ -115,6 +115,9 @@ class SamplerTable(Table, frozen=True):
     compile: bool = True
     """CUDA graphs and compilation; off starts faster."""
     reward_workers: Positive = 2
+    """Processes that run reward functions, one group each at a time."""
+    reward_memory_gb: Annotated[float, Meta(gt=0)] = 8.0
+    """Of one such process; more is a MemoryError in the function."""
 
 
 class Objective(Table, frozen=True):

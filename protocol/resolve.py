@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from protocol.errors import UserError
 from protocol.recipe import Recipe
 
 
-def load(path: Path | None, overrides: list[str] = []) -> Recipe:
+def load(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in `path` (None: all defaults) with `table.key=value` overrides applied.
 
     Raises UserError for an unreadable file, an unknown key, a wrong type or a contradiction.

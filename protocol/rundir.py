@@ -1,7 +1,7 @@
 """The run directory: where everything lies. It is all that two machines of one run need to share.
 
-    recipe.toml  endpoint.json  keys/  incarnations/  snapshots/  checkpoints/
-    metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  logs/  quarantine/
+recipe.toml  endpoint.json  keys/  incarnations/  snapshots/  checkpoints/
+metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  logs/  quarantine/
 """
 
 import os

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from protocol.messages import Failure, Lease, Pulse, Split
+from protocol.messages import Failure, Pulse, Split
 from sampler.answer import Answerer
 from sampler.engine import Engine
 from sampler.rewards.pool import RewardFailed
@@ -30,8 +30,11 @@ async def sample(session: Session, engine: Engine, answerer: Answerer) -> None:
     async with asyncio.TaskGroup() as tasks:
         running: set[asyncio.Task] = set()
         async for message in session.messages():
-            work = [load(message)] if isinstance(message, Pulse) else [answer(message.split, *item) for item in message.items]
-            running |= {tasks.create_task(job) for job in work}
-            running = {task for task in running if not task.done()}
+            match message:
+                case Pulse():
+                    work = [load(message)]
+                case Lease():
+                    work = [answer(message.split, group_id, row) for group_id, row in message.items]
+            running = {task for task in running if not task.done()} | {tasks.create_task(job) for job in work}
         for task in running:
             task.cancel()

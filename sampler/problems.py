@@ -9,8 +9,25 @@ training problem asks for: no question can be in both splits, whatever the seeds
 import random
 from itertools import combinations_with_replacement
 
-NAMES = "Ana Ben Dan Ella Finn Hugo Jack Kate Liam Max Nick Paul Rosa Sam Tina Will".split()
-THINGS = "apples books coins pens cards shells stamps cookies balls pears boxes cups".split()
+NAMES = [
+    "Ana",
+    "Ben",
+    "Dan",
+    "Ella",
+    "Finn",
+    "Hugo",
+    "Jack",
+    "Kate",
+    "Liam",
+    "Max",
+    "Nick",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Will",
+]
+THINGS = ["apples", "books", "coins", "pens", "cards", "shells", "stamps", "cookies", "balls", "pears", "boxes", "cups"]
 
 # {n}, {m}: two names; {o}: a thing; {x}, {y}: the numbers, in the order of the solution.
 TEMPLATES = {

@@ -12,22 +12,19 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from protocol.errors import UserError
 from protocol.recipe import Data
+from sampler.rows import load_rows
 
 if TYPE_CHECKING:  # seconds of import, and `--help` must answer in one
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
 
-SPLITS = ("train", "test", "validation", "dev")
-PROBLEMS = {"train": 4000, "test": 400}
-PROBLEMS_SEED = 0  # fixed: the recipe's seed orders the data, it does not change them
 PLAIN_TEMPLATE = Data().template
 
 
@@ -40,9 +37,7 @@ class Prompt:
     columns: dict  # all of the row but `prompt`, as JSON values, for the rewards
 
 
-def load_prompts(
-    source: str, limit: int, data: Data, tokenizer: "PreTrainedTokenizerBase"
-) -> list[Prompt]:
+def load_prompts(source: str, limit: int, data: Data, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
     """The first `limit` rows of `source` (0: all), rendered and tokenized.
 
     Raises UserError, one line: nothing there, no rows, a row that cannot be rendered, a row without
@@ -60,8 +55,7 @@ def load_prompts(
     ids = _tokenize(messages, tokenizer, source)
     _refuse_long(ids, data.max_prompt_tokens, source)
     return [
-        Prompt(ids=np.array(i, np.int32), messages=m, columns=c)
-        for i, m, c in zip(ids, messages, columns, strict=True)
+        Prompt(ids=np.array(i, np.int32), messages=m, columns=c) for i, m, c in zip(ids, messages, columns, strict=True)
     ]
 
 
@@ -75,92 +69,11 @@ def fingerprint(prompts: list[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def load_rows(source: str, limit: int) -> list[dict]:
-    """The first `limit` rows (0: all) of a file, of `word-problems[:split]`, or of a data set.
-
-    Files are .jsonl and .parquet; a data set is a directory or a hub id, `name[:config][:split]`.
-    A single part behind the name is the split if it is called train, test, validation or dev, else
-    the config. Raises UserError if nothing readable is there.
-    """
-    name, *parts = source.split(":")
-    suffix, stop = Path(source).suffix, limit or None
-    if name == "word-problems":
-        return _problems(source, parts[0] if parts else "train", limit)[:stop]
-    try:
-        if suffix == ".jsonl":
-            return _jsonl(Path(source).expanduser(), stop)
-        if suffix == ".parquet":
-            return _parquet(Path(source).expanduser(), stop)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot read the data set {source}: {why}") from None
-    if suffix in (".json", ".csv", ".tsv", ".txt", ".gz"):
-        raise UserError(f"{source}: {suffix} is not read; convert it to .jsonl or .parquet")
-    return _dataset(source, name, parts, stop)
-
-
-def _problems(source: str, split: str, limit: int) -> list[dict]:
-    from sampler.problems import problems
-
-    if split not in PROBLEMS:
-        raise UserError(f"{source}: no split {split!r}; there are {', '.join(PROBLEMS)}")
-    return problems(split, PROBLEMS_SEED, max(limit, PROBLEMS[split]))
-
-
-def _jsonl(path: Path, stop: int | None) -> list[dict]:
-    rows: list[dict] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if len(rows) == stop:
-            break
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise UserError(f"{path}: line {number} is no JSON: {error}") from None
-        if not isinstance(row, dict | None):
-            raise UserError(f"{path}: line {number} is no JSON object: {line!r:.60}")
-        rows += [row] if row is not None else []
-    return rows
-
-
-def _parquet(path: Path, stop: int | None) -> list[dict]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with path.open("rb") as file:  # the system's own words if it cannot be opened
-            return parquet.read_table(file).slice(0, stop).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is no parquet file: {error}") from None
-
-
-def _dataset(source: str, name: str, parts: list[str], stop: int | None) -> list[dict]:
-    import datasets
-
-    config = parts.pop(0) if parts and (len(parts) > 1 or parts[0] not in SPLITS) else None
-    split = parts[0] if parts else "train"
-    directory = Path(name).expanduser()
-    if name.startswith(("/", ".", "~")) and not directory.is_dir():
-        raise UserError(f"{source}: no directory {directory}")
-    try:
-        if (directory / "state.json").is_file():  # one split, written by `save_to_disk`
-            table = datasets.load_from_disk(directory)
-        elif (directory / "dataset_dict.json").is_file():
-            table = datasets.load_from_disk(directory / split)
-        else:
-            table = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"cannot load the data set {source}: {why:.300}") from None
-    return table.select(range(min(stop or len(table), len(table)))).to_list()
-
-
 def _messages(row: dict, data: Data, where: str) -> Messages:
     """The conversation that a row asks to continue: system, `data.prefix`, then the row's own."""
     own = _own_messages(row, data, where)
     if data.system and own[0]["role"] == "system":
-        raise UserError(
-            f'{where} has its own system message; set data.system = "" to use that, or remove it'
-        )
+        raise UserError(f'{where} has its own system message; set data.system = "" to use that, or remove it')
     if own[-1]["role"] == "assistant":
         raise UserError(f"{where}: the last message is the assistant's; nothing is left to sample")
     system = [{"role": "system", "content": data.system}] if data.system else []
@@ -172,9 +85,7 @@ def _own_messages(row: dict, data: Data, where: str) -> Messages:
     prompt = row.get("prompt")
     if isinstance(prompt, list) and prompt:
         if data.template != PLAIN_TEMPLATE:
-            raise UserError(
-                f"{where}: `prompt` holds messages; remove data.template, it has no use"
-            )
+            raise UserError(f"{where}: `prompt` holds messages; remove data.template, it has no use")
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
             raise UserError(f"{where}: expected messages {{role, content}}, got {prompt!r:.80}")
         return [{"role": str(m.get("role")), "content": m["content"]} for m in prompt]
@@ -218,18 +129,14 @@ def _text_alone(conversation: Messages, source: str) -> str:
     return conversation[0]["content"]
 
 
-def _tokenize(
-    messages: list[Messages | str], tokenizer: "PreTrainedTokenizerBase", source: str
-) -> list[list[int]]:
+def _tokenize(messages: list[Messages | str], tokenizer: "PreTrainedTokenizerBase", source: str) -> list[list[int]]:
     """Token ids; `add_generation_prompt` opens the assistant's turn, which is not its own task."""
     if tokenizer.chat_template is None:
         return tokenizer(messages)["input_ids"]
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     except TemplateError as error:
         raise UserError(f"{source}: the chat template refuses the messages: {error}") from None
 

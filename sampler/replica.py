@@ -65,7 +65,11 @@ async def serve(
     """Everything that needs the event loop: the reward processes first, because a wrong one is the user's to mend."""
     gpu = torch.cuda.is_available()
     async with contextlib.AsyncExitStack() as stack:
-        rewards = await stack.enter_async_context(RewardPool(recipe.reward, recipe.sampler.reward_workers))
+        memory = int(recipe.sampler.reward_memory_gb * 2**30)
+        rewards = await stack.enter_async_context(RewardPool(recipe.reward, recipe.sampler.reward_workers, memory))
+        for split in prompts.values():
+            if split:
+                rewards.check_columns(split[0].columns)
         sets: dict[Split, DataSet] = {
             split: DataSet(rows=len(rows), fingerprint=prompts_fingerprint(rows)) for split, rows in prompts.items()
         }
@@ -88,9 +92,7 @@ async def serve(
         needs_reference = recipe.objective.kl_beta > 0 and not recipe.lora.rank
         reference = Reference(recipe, directory, "cuda" if gpu else "cpu") if needs_reference else None
         rollouts = stack.enter_context(MetricsWriter(rundir.rollouts / f"{session.name}.jsonl"))
-        answerer = Answerer(
-            recipe, session.name, agreement.vocabulary, prompts, engine, rewards, reference, rollouts
-        )
+        answerer = Answerer(recipe, session.name, agreement.vocabulary, prompts, engine, rewards, reference, rollouts)
         await sample(session, engine, answerer)
 
 

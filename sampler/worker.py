@@ -53,4 +53,3 @@ def _end_with_sampler(pid: int) -> None:
 
 if os.environ.get(SAMPLER_PID):
     threading.Thread(target=_end_with_sampler, args=(int(os.environ[SAMPLER_PID]),), daemon=True).start()
-

@@ -21,7 +21,10 @@ def batch(groups=GROUPS, rank=0, world=1, tokens=10**6, skip_zero=False):
     )
 
 
-def gradient(model, batches, objective=Objective()) -> torch.Tensor:
+WITH_KL = Objective()
+
+
+def gradient(model, batches, objective=WITH_KL) -> torch.Tensor:
     """All parameters' gradients of the sum over ranks and micro-batches."""
     model.zero_grad()
     for one in batches:

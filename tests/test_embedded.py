@@ -57,9 +57,7 @@ def test_two_processes_at_once_make_it_once_and_both_get_all_of_it(tmp_path: Pat
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_conversion_is_not_seen_and_the_next_is_whole(
-    tmp_path: Path, how: signal.Signals
-):
+def test_an_interrupted_conversion_is_not_seen_and_the_next_is_whole(tmp_path: Path, how: signal.Signals):
     with start(tmp_path / "model", sleep_s=60) as interrupted:
         assert interrupted.stdout and interrupted.stdout.readline() == "half\n"
         interrupted.send_signal(how)
@@ -142,10 +140,7 @@ def test_the_embedded_tokenizer_round_trips_and_renders_chat(smollm2: Path):
 
 @pytest.mark.slow
 def test_a_second_call_is_instant_and_loads_no_torch(smollm2: Path):
-    script = (
-        "import sys; from policy.embedded import embedded; embedded(sys.argv[1]);"
-        "assert 'torch' not in sys.modules"
-    )
+    script = "import sys; from policy.embedded import embedded; embedded(sys.argv[1]);assert 'torch' not in sys.modules"
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", script, NAME], check=True, cwd=REPOSITORY)
     assert time.monotonic() - started < 3

@@ -17,7 +17,15 @@ ROOMS = {
 }
 HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
-FORBIDDEN_CALLS = {"recv_pyobj", "send_pyobj", "broadcast_object_list", "scatter_object_list", "gather_object", "eval", "exec"}
+FORBIDDEN_CALLS = {
+    "recv_pyobj",
+    "send_pyobj",
+    "broadcast_object_list",
+    "scatter_object_list",
+    "gather_object",
+    "eval",
+    "exec",
+}
 
 
 def sources(room: str) -> list[tuple[Path, ast.Module]]:
@@ -69,7 +77,13 @@ def test_nothing_is_unpickled_and_no_data_is_run_as_code(room):
 @pytest.mark.parametrize("module", ["sampler", "trainer", "launch"])
 def test_help_imports_no_engine(module):
     """And so it answers at once."""
-    code = f"import sys; sys.argv = ['{module}', '--help']; import runpy\ntry: runpy.run_module('{module}', run_name='__main__')\nexcept SystemExit: pass\nprint(sorted({HEAVY} & set(sys.modules)))"
+    code = f"""
+import runpy, sys
+sys.argv = ['{module}', '--help']
+try: runpy.run_module('{module}', run_name='__main__')
+except SystemExit: pass
+print(sorted({HEAVY} & set(sys.modules)))
+"""
     began = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("[]"), out[-300:]

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from policy.logprobs import SelectedLogprobs, TokenLogprobs, pack
 from tests.tiny import make_model
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def plain(model, prompt: np.ndarray, completion: np.ndarray, temperature: float)
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_packed_chunked_logprobs_equal_each_sequence_alone(model, temperature, chunk):
     batch = sequences(5)
-    found, entropies = TokenLogprobs(model, temperature, chunk)(pack([(prompt, [completion]) for prompt, completion in batch]))
+    found, entropies = TokenLogprobs(model, temperature, chunk)(
+        pack([(prompt, [completion]) for prompt, completion in batch])
+    )
     expected = torch.cat([plain(model, prompt, completion, temperature) for prompt, completion in batch])
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
     assert (entropies >= 0).all() and entropies.shape == found.shape

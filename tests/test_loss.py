@@ -20,7 +20,8 @@ def micro_batch(**options):
 def reference_loss(logprobs, micro, objective):
     """Equation by equation, one token after the other."""
     total = 0.0
-    for lp, mu, ref, a in zip(logprobs, micro.sampler_logprobs.double(), micro.ref_logprobs.double(), micro.advantages.double(), strict=True):  # fmt: skip
+    columns = (micro.sampler_logprobs.double(), micro.ref_logprobs.double(), micro.advantages.double())
+    for lp, mu, ref, a in zip(logprobs, *columns, strict=True):
         old = lp.detach() if objective.recompute_old_logprobs else mu
         weight = min(torch.exp(old - mu).item(), objective.importance_cap) if objective.recompute_old_logprobs else 1.0
         ratio = torch.exp(lp - old)

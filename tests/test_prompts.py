@@ -45,9 +45,7 @@ def refusal(source: str, tokenizer, data: Data = BARE, limit: int = 0) -> str:
 def test_a_prompt_ends_where_the_assistant_begins(tmp_path, tokenizer):
     """Ancestor defect 3: without the generation prompt the model must invent that header."""
     prompt = only(tmp_path, QUESTION, tokenizer)
-    assert tokenizer.decode(prompt.ids) == (
-        "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert tokenizer.decode(prompt.ids) == ("<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n")
     assert prompt.ids.dtype == np.int32
     assert list(prompt.ids).count(tokenizer.bos_token_id) == 2  # special tokens, not their letters
 
@@ -90,9 +88,7 @@ def test_system_message_and_worked_examples_come_before_the_question(tmp_path, t
     ],
     ids=["gsm8k", "trl string", "trl messages", "verl"],
 )
-def test_rows_of_each_convention_give_the_question_and_the_other_columns(
-    tmp_path, tokenizer, row, question, columns
-):
+def test_rows_of_each_convention_give_the_question_and_the_other_columns(tmp_path, tokenizer, row, question, columns):
     prompt = only(tmp_path, row, tokenizer)
     assert prompt.messages == [{"role": "user", "content": question}]
     assert prompt.columns == columns
@@ -100,9 +96,7 @@ def test_rows_of_each_convention_give_the_question_and_the_other_columns(
 
 def test_a_template_of_ones_own_wins_over_a_prompt_column(tmp_path, tokenizer):
     data = Data(system="", template="{prompt} Think.")
-    assert (
-        only(tmp_path, {"prompt": "Add."}, tokenizer, data).messages[0]["content"] == "Add. Think."
-    )
+    assert only(tmp_path, {"prompt": "Add."}, tokenizer, data).messages[0]["content"] == "Add. Think."
 
 
 def test_a_rows_own_system_message_stays_first_and_never_meets_another(tmp_path, tokenizer):
@@ -154,16 +148,12 @@ def test_without_a_chat_template_a_string_is_the_whole_prompt(tmp_path):
         ),
     ],
 )
-def test_rows_that_cannot_be_trained_on_are_refused_at_the_start(
-    tmp_path, tokenizer, rows, data, complaint
-):
+def test_rows_that_cannot_be_trained_on_are_refused_at_the_start(tmp_path, tokenizer, rows, data, complaint):
     assert complaint in refusal(written(tmp_path, rows), tokenizer, data)
 
 
 def test_a_data_set_without_answers_serves_rewards_that_need_none(tmp_path, tokenizer):
-    assert only(tmp_path, {"question": "Write a poem."}, tokenizer).columns == {
-        "question": "Write a poem."
-    }
+    assert only(tmp_path, {"question": "Write a poem."}, tokenizer).columns == {"question": "Write a poem."}
 
 
 def test_what_the_chat_template_refuses_is_said_in_one_line(tmp_path):
@@ -185,8 +175,7 @@ def test_a_parquet_file_reads_like_the_same_rows_in_jsonl(tmp_path, tokenizer):
     rows = [{"prompt": [{"role": "user", "content": f"{i}?"}], "answer": str(i)} for i in range(3)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     same = [
-        load_prompts(source, 0, BARE, tokenizer)
-        for source in (written(tmp_path, rows), str(tmp_path / "rows.parquet"))
+        load_prompts(source, 0, BARE, tokenizer) for source in (written(tmp_path, rows), str(tmp_path / "rows.parquet"))
     ]
     assert fingerprint(same[0]) == fingerprint(same[1])
     assert len(load_rows(str(tmp_path / "rows.parquet"), 2)) == 2

@@ -74,5 +74,3 @@ def test_a_run_keeps_its_recipe_and_refuses_another(tmp_path):
         resolve_recipe(tmp_path / "run", None, ["seed=6"])
     _, longer = resolve_recipe(tmp_path / "run", None, ["trainer.steps=300"])
     assert longer.trainer.steps == 300 and longer.seed == 5
-
-

@@ -118,9 +118,7 @@ def mine(tmp_path: Path) -> Path:
     return path
 
 
-def with_pool(
-    rewards: list[Reward], use: Callable[[RewardPool], Awaitable], workers: int = 1, **settings
-):
+def with_pool(rewards: list[Reward], use: Callable[[RewardPool], Awaitable], workers: int = 1, **settings):
     async def main():
         async with RewardPool(rewards, workers, **settings) as pool:
             return await use(pool)
@@ -128,14 +126,10 @@ def with_pool(
     return asyncio.run(main())
 
 
-def score(
-    rewards: list[Reward], completions=("#### 4", "#### 5"), columns=None, **settings
-) -> Score:
+def score(rewards: list[Reward], completions=("#### 4", "#### 5"), columns=None, **settings) -> Score:
     prompt = [{"role": "user", "content": "2 + 2?"}]
     columns = {"answer": "#### 4"} if columns is None else columns
-    return with_pool(
-        rewards, lambda pool: pool.score(prompt, list(completions), columns), **settings
-    )
+    return with_pool(rewards, lambda pool: pool.score(prompt, list(completions), columns), **settings)
 
 
 def failure(reward: Reward, **settings) -> RewardFailed:
@@ -257,9 +251,7 @@ def test_a_bad_function_fails_its_group_by_name_and_the_pool_goes_on(mine, name,
 
 
 def test_memory_taken_bit_by_bit_ends_at_the_limit(mine):
-    mine.write_text(
-        "def grow(completions):\n    kept = []\n    while True: kept.append(bytearray(1 << 20))\n"
-    )
+    mine.write_text("def grow(completions):\n    kept = []\n    while True: kept.append(bytearray(1 << 20))\n")
     failed = failure(Reward(function=f"{mine}:grow"), memory_bytes=200 << 20)
     assert failed.kind == "error"
     assert "MemoryError" in failed.why
@@ -322,9 +314,7 @@ def test_groups_are_scored_side_by_side_by_as_many_workers(mine):
 
 
 def test_two_functions_of_one_name_are_told_apart(mine, tmp_path):
-    (tmp_path / "other.py").write_text(
-        "def length(completions):\n    return [7] * len(completions)\n"
-    )
+    (tmp_path / "other.py").write_text("def length(completions):\n    return [7] * len(completions)\n")
     rewards = [Reward(function=f"{mine}:length"), Reward(function=f"{tmp_path}/other.py:length")]
     assert score(rewards).by_function == {"length": [6.0, 6.0], "length_2": [7.0, 7.0]}
 
@@ -373,9 +363,7 @@ def test_an_infinite_weight_is_refused():
 def test_a_column_that_a_function_needs_is_missed_at_the_start():
     async def use(pool: RewardPool):
         pool.check_columns({"answer": "4"})
-        with pytest.raises(
-            UserError, match=r"gsm8k needs the column 'answer'.*has: question, level"
-        ):
+        with pytest.raises(UserError, match=r"gsm8k needs the column 'answer'.*has: question, level"):
             pool.check_columns({"question": "?", "level": 1})
 
     with_pool([Reward(function="gsm8k"), Reward(function="format")], use)

@@ -217,9 +217,7 @@ def test_built_in_rewards_go_by_their_names(reference):
         ("fine.py:not-a-name", "expected one of"),
     ],
 )
-def test_a_reward_that_cannot_be_there_is_refused_in_one_line(
-    tmp_path, monkeypatch, reference, complaint
-):
+def test_a_reward_that_cannot_be_there_is_refused_in_one_line(tmp_path, monkeypatch, reference, complaint):
     monkeypatch.chdir(tmp_path)
     Path("broken.py").write_text("def f(:\n")
     with pytest.raises(UserError, match=complaint) as refused:

@@ -106,7 +106,12 @@ class FakeEngine(threading.Thread):
                 for group_id, row in message.items:
                     rewards = [0.0, 1.0] if message.split == "train" else [1.0]
                     group = make_group(
-                        group_id, row=row, snapshot=self.snapshot, session=session.name, split=message.split, rewards=rewards
+                        group_id,
+                        row=row,
+                        snapshot=self.snapshot,
+                        session=session.name,
+                        split=message.split,
+                        rewards=rewards,
                     )
                     self.answered.append(group_id)
                     await session.answer(group)
@@ -196,5 +201,3 @@ def test_a_broken_reward_reaches_the_training_thread(rundir, ranks):
         inbox._failure = RuntimeError("boom")
         with pytest.raises(RuntimeError, match="hub thread failed"):
             inbox.take(2)
-
-

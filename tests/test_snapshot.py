@@ -13,7 +13,9 @@ from protocol.snapshot import Corrupt, Manifest, open_sealed, seal, staging, wri
 def publish(parent, name="s00000001.i0001", key=None, data=b"weights" * 1000):
     with staging(parent, name) as aside:
         files = {"model.safetensors": write_hashed(aside / "model.safetensors", data)}
-        manifest = Manifest(kind="full", run_id="r", id=name, parent=None, step=1, incarnation=1, model="m", files=files)
+        manifest = Manifest(
+            kind="full", run_id="r", id=name, parent=None, step=1, incarnation=1, model="m", files=files
+        )
         return parent / name, seal(aside, parent / name, manifest, key)
 
 

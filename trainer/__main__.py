@@ -1,7 +1,7 @@
 """The trainer's command line.
 
-    deepspeed --num_gpus=2 --module trainer --run runs/demo
-    python -m trainer --gpus 2 --run runs/demo        the same, through DeepSpeed's launcher
+deepspeed --num_gpus=2 --module trainer --run runs/demo
+python -m trainer --gpus 2 --run runs/demo        the same, through DeepSpeed's launcher
 """
 
 import os

@@ -156,15 +156,11 @@ def learning_rate_factor(step: int, optimizer: Optimizer, steps: int) -> float:
     if step < optimizer.warmup_steps:
         return (step + 1) / (optimizer.warmup_steps + 1)
     done = min(1.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
-    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[
-        optimizer.schedule
-    ]
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optimizer.schedule]
 
 
 def _schedule(torch_optimizer: torch.optim.Optimizer, optimizer: Optimizer, steps: int):
-    return torch.optim.lr_scheduler.LambdaLR(
-        torch_optimizer, lambda step: learning_rate_factor(step, optimizer, steps)
-    )
+    return torch.optim.lr_scheduler.LambdaLR(torch_optimizer, lambda step: learning_rate_factor(step, optimizer, steps))
 
 
 def _adamw(parameters: list[torch.nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:

@@ -1,4 +1,7 @@
-"""One record a step in metrics/trainer.jsonl, and one line for whoever watches. TRL's names where they mean the same."""
+"""One record a step in metrics/trainer.jsonl, and one line for whoever watches.
+
+Names are TRL's where they mean the same.
+"""
 
 import logging
 import math

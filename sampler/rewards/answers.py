@@ -80,9 +80,7 @@ def _heading(text: str) -> tuple[int, str] | None:
 
 def _boxed(text: str) -> tuple[int, str] | None:
     """The closed `\\boxed{` that begins last; a stack of open braces finds its end in one pass."""
-    opened: list[
-        tuple[int, int]
-    ] = []  # (start of the mark, -1 for a plain brace; start of what is inside)
+    opened: list[tuple[int, int]] = []  # (start of the mark, -1 for a plain brace; start of what is inside)
     start, inside, end = -1, 0, 0
     for found in BOXED.finditer(text):
         if found[0] in (r"\{", r"\}"):

@@ -46,14 +46,10 @@ def find(reference: str) -> str:
     if where.endswith(".py"):
         return f"{_readable(reference, Path(where).expanduser())}:{function}"
     if not all(part.isidentifier() for part in where.split(".")):
-        raise UserError(
-            f"reward {reference!r}: {where!r} is neither a .py file nor a module's name"
-        )
+        raise UserError(f"reward {reference!r}: {where!r} is neither a .py file nor a module's name")
     package, *_ = where.split(".")  # looking further would import it
     if PathFinder.find_spec(package, [os.getcwd(), *sys.path]) is None:
-        raise UserError(
-            f"reward {reference!r}: no package {package!r}; install it, or start where it lies"
-        )
+        raise UserError(f"reward {reference!r}: no package {package!r}; install it, or start where it lies")
     return reference
 
 
@@ -113,9 +109,7 @@ def _readable(reference: str, path: Path) -> Path:
     try:
         ast.parse(path.read_bytes())
     except OSError as error:
-        raise UserError(
-            f"reward {reference!r}: cannot read {path.absolute()}: {error.strerror}"
-        ) from None
+        raise UserError(f"reward {reference!r}: cannot read {path.absolute()}: {error.strerror}") from None
     except (SyntaxError, ValueError) as error:
         raise UserError(f"reward {reference!r}: {path} is no valid Python: {error}") from None
     return path.resolve()
@@ -125,17 +119,13 @@ def _import(reference: str) -> Callable:
     source, _, name = reference.rpartition(":")
     file = source
     try:
-        module = (
-            _from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-        )
+        module = _from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
         file = module.__file__ or source
         function = vars(module).get(name)
     except (Exception, SystemExit) as error:  # whatever it does is one line for its author
         raise UserError(f"reward {reference}: the import fails: {where(error, file)}") from None
     if not callable(function):
-        raise UserError(
-            f"reward {reference}: {file} has no function {name!r}; {_functions(module)}"
-        )
+        raise UserError(f"reward {reference}: {file} has no function {name!r}; {_functions(module)}")
     return function
 
 

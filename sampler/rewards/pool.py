@@ -45,16 +45,12 @@ class RewardFailed(Exception):
 class RewardPool:
     """Scores `workers` groups at a time; one that did not answer is killed, replaced on demand."""
 
-    def __init__(
-        self, rewards: list[Reward], workers: int, memory_bytes: int = MEMORY_BYTES
-    ) -> None:
+    def __init__(self, rewards: list[Reward], workers: int, memory_bytes: int = MEMORY_BYTES) -> None:
         """Raises UserError for a function that cannot be there (nothing is imported here)."""
         self.keys = distinct([name_of(reward.function) for reward in rewards])
         self._rewards = dict(zip(self.keys, rewards, strict=True))
         self._workers, self._memory_bytes = workers, memory_bytes
-        self._sources = [
-            {"reference": find(reward.function), "options": reward.options} for reward in rewards
-        ]
+        self._sources = [{"reference": find(reward.function), "options": reward.options} for reward in rewards]
         self._counts = {f"{key}/{kind}": 0 for key in self.keys for kind in KINDS}
         self._running: set[RewardProcess] = set()
         for key, reward in self._rewards.items():
@@ -81,14 +77,9 @@ class RewardPool:
         """Raises UserError if a function needs a column that the data set lacks."""
         for key, needed in self.required.items():
             if missing := [name for name in needed if name not in columns]:
-                raise UserError(
-                    f"reward {key} needs the column {missing[0]!r}; "
-                    f"the data set has: {', '.join(columns)}"
-                )
+                raise UserError(f"reward {key} needs the column {missing[0]!r}; the data set has: {', '.join(columns)}")
 
-    async def score(
-        self, prompt: list[dict[str, str]] | str, completions: list[str], columns: dict
-    ) -> Score:
+    async def score(self, prompt: list[dict[str, str]] | str, completions: list[str], columns: dict) -> Score:
         """Scores the completions of one prompt, whose row is `columns`; waits for a free worker.
 
         Raises RewardFailed, which costs this group alone, and UserError if a worker that starts
@@ -168,10 +159,7 @@ class RewardPool:
 
 def batch(prompt: list[dict[str, str]] | str, completions: list[str], columns: dict) -> dict:
     """The group as TRL's functions take it: lists of equal length, messages behind messages."""
-    said = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for text in completions
-    ]
+    said = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for text in completions]
     count = len(completions)
     repeated = {name: [value] * count for name, value in columns.items()}
     return {"prompts": [prompt] * count, "completions": said, "columns": repeated}

@@ -61,9 +61,7 @@ class RewardProcess:
         try:
             reply = await self.ask(start, START_S)
         except TimeoutError:
-            raise UserError(
-                f"rewards: the import took more than {START_S:.0f} s; is it a loop?"
-            ) from None
+            raise UserError(f"rewards: the import took more than {START_S:.0f} s; is it a loop?") from None
         except ConnectionError as error:
             raise UserError(f"rewards: the worker ended during the import: {error}") from None
         if reply.refused:

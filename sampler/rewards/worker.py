@@ -76,9 +76,7 @@ def answer(call: Call, request: dict, runner: asyncio.Runner) -> dict:
 def checked(values: object, count: int) -> list[float | None]:
     """The function's values as floats. Raises TypeError or ValueError that names the wrong one."""
     if not isinstance(values, list | tuple):
-        raise TypeError(
-            f"the function returned {type(values).__name__}, expected a list of float or None"
-        )
+        raise TypeError(f"the function returned {type(values).__name__}, expected a list of float or None")
     if len(values) != count:
         raise ValueError(f"the function returned {len(values)} values for {count} completions")
     for index, value in enumerate(values):

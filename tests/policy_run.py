@@ -1,0 +1,98 @@
+"""One rank that trains a tiny model on made-up groups; `test_policy.py` starts it as real processes.
+
+    RANK=0 WORLD_SIZE=1 ... python -m tests.policy_run SETTINGS.json
+
+Prints one JSON line a step: loss, norm of the gradient, largest gradient entries, checksum of the weights.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from policy.model import load_tokenizer
+from protocol.channel import Hub
+from protocol.keys import open_keys
+from protocol.messages import Agreement, DataSet
+from protocol.resolve import load
+from protocol.rundir import RunDir
+from tests.groups import make_group
+from trainer.checkpoint import Checkpoints
+from trainer.desk import Desk
+from trainer.engine import Policy
+from trainer.inbox import Inbox
+from trainer.loss import grpo, summarize
+from trainer.publish import Publisher
+from trainer.ranks import Ranks
+from trainer.store import Store
+
+
+def groups(step: int, recipe) -> list:
+    """The same for every number of ranks; of different lengths, and one without signal."""
+    reference = recipe.objective.kl_beta > 0 and not recipe.lora.rank
+    some = [make_group(5 * step + n, rewards=[0.0, 1.0, 0.5, 2.0], reference=reference) for n in range(4)]
+    return [*some, make_group(5 * step + 4, rewards=[1.0] * 4, reference=reference)]
+
+
+def main(settings: dict) -> None:
+    recipe = load(None, settings["overrides"])
+    rundir = RunDir(Path(settings["run"]))
+    with Ranks("gloo", threads=1) as ranks:
+        if ranks.first:
+            rundir.make()
+            open_keys(rundir.keys)
+        ranks.barrier()
+        keys = open_keys(rundir.keys)
+        hub = Hub(keys, "127.0.0.1", 0) if ranks.first else None
+        agreed = Agreement(
+            protocol=1, run_id="r", model="m", tokenizer="t", vocabulary=320, group_size=4, recipe="c"
+        )
+        desk = Desk(recipe=recipe, agreement=agreed, incarnation=1) if ranks.first else None
+        if desk:
+            desk.sets = {"train": DataSet(rows=100, fingerprint="f"), "eval": DataSet(rows=0, fingerprint="e")}
+            desk.open_ledger(100)
+        with Inbox(ranks, desk, hub) as inbox:
+            policy = Policy(recipe, Path(recipe.model.path), ranks)
+            incarnation = settings.get("incarnation", 1)
+            checkpoints = Checkpoints(rundir, keys, ranks, incarnation, "m")
+            checkpoints.resume(policy)
+            publisher = Publisher(rundir, keys.run_id, incarnation, load_tokenizer(Path(recipe.model.path)))
+            store = Store(publisher, checkpoints, recipe.trainer, first=ranks.first)
+            store.publish(policy)
+            while policy.steps_done < settings["steps"]:
+                print(json.dumps(step(policy, store, inbox, ranks, recipe)), flush=True)
+
+
+def step(policy: Policy, store: Store, inbox: Inbox, ranks: Ranks, recipe) -> dict:
+    sums: dict[str, float] = {}
+    batch = policy.batch(groups(policy.steps_done, recipe))
+    for micro in policy.accumulate(batch.micro_batches):
+        logprobs, entropies = policy.logprobs(micro)
+        loss, measured = grpo(logprobs, entropies, micro, recipe.objective)
+        policy.backward(loss)
+        for name, value in measured.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    gradient = [safe_get_full_grad(p) for p in policy.model.parameters() if p.requires_grad]
+    flat = torch.cat([g.flatten().double() for g in gradient if g is not None]) if gradient[0] is not None else None
+    policy.update()
+    store.publish(policy)
+    store.checkpoint(policy, inbox)
+    checksum = {name: float(tensor.double().abs().sum()) for name, tensor in policy.weights() if tensor.numel()}
+    measured = summarize(ranks.combine(sums))
+    return {
+        "step": policy.steps_done,
+        "rank": ranks.rank,
+        "rows": len(batch.micro_batches),
+        "grad_norm": policy.grad_norm,
+        "gradient": None if flat is None else flat[:: max(1, len(flat) // 2000)].tolist(),
+        "norm": None if flat is None else float(flat.norm()),
+        "kl": measured.get("kl"),
+        "learning_rate": policy.learning_rate,
+        "weights": sum(checksum.values()),
+    }
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

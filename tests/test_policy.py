@@ -1,0 +1,143 @@
+"""DeepSpeed really makes the update that the mathematics asks for, for any stage and any number of ranks."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from protocol.snapshot import listed
+from tests.tiny import make_model
+from trainer.engine import learning_rate_factor
+
+pytestmark = pytest.mark.slow
+
+COMMON = [
+    "model.dtype=float32",
+    "trainer.gradient_checkpointing=false",
+    "trainer.checkpoint_every=2",
+    "optimizer.learning_rate=1e-3",
+    "optimizer.warmup_steps=1",
+    "sampling.group_size=4",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+def run(tiny: Path, directory: Path, *overrides: str, world: int = 1, steps: int = 2, **settings) -> list[dict]:
+    """The first rank's records of a run in `world` real processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    directory.mkdir(exist_ok=True)
+    file = directory / "settings.json"
+    recipe = [*COMMON, f"model.path={tiny}", *overrides]
+    file.write_text(json.dumps({"overrides": recipe, "run": str(directory / "run"), "steps": steps, **settings}))
+    processes = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {key: str(value) for key, value in place.items()} | {"DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, "-m", "tests.policy_run", str(file)]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate(timeout=240) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs[0][1][-3000:]
+    return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """One rank, everything in one row."""
+    return run(tiny, tmp_path_factory.mktemp("alone"), "trainer.zero_stage=1", "trainer.tokens_per_micro_batch=4096")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("world", "tokens"), [(1, 45), (2, 45)])
+def test_gradients_and_updates_do_not_depend_on_stage_ranks_or_rows(tiny, alone, tmp_path, stage, world, tokens):
+    cut = run(
+        tiny, tmp_path, f"trainer.zero_stage={stage}", f"trainer.tokens_per_micro_batch={tokens}", world=world
+    )
+    assert cut[0]["rows"] > 2
+    for one, other in zip(alone, cut, strict=True):
+        assert other["norm"] == pytest.approx(one["norm"], rel=1e-6)
+        gap = np.linalg.norm(np.subtract(one["gradient"], other["gradient"])) / np.linalg.norm(one["gradient"])
+        assert gap < 1e-6
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert other["weights"] == pytest.approx(one["weights"], rel=1e-6)
+
+
+def test_zero_0_in_float32_makes_the_same_update(tiny, alone, tmp_path):
+    plain = run(tiny, tmp_path, "trainer.zero_stage=0", world=2)
+    for one, other in zip(alone, plain, strict=True):
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert other["weights"] == pytest.approx(one["weights"], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tiny, tmp_path, dtype):
+    options = [f"model.dtype={dtype}", "optimizer.schedule=cosine"]
+    whole = run(tiny, tmp_path / "whole", *options, world=2, steps=4)
+    run(tiny, tmp_path / "cut", *options, world=2, steps=2)
+    resumed = run(tiny, tmp_path / "cut", *options, world=2, steps=4, incarnation=2)
+    assert [record["step"] for record in resumed] == [3, 4]
+    assert resumed == whole[2:]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adapters_train_alone_and_their_base_model_is_the_reference(tiny, tmp_path, stage):
+    options = ["lora.rank=4", "lora.alpha=8", f"trainer.zero_stage={stage}"]
+    records = run(tiny, tmp_path, *options, world=2, steps=3)
+    assert records[0]["kl"] == 0.0  # to the last bit: the same weights, adapters off
+    assert records[2]["kl"] > 0.0
+    newest = listed(tmp_path / "run" / "snapshots")[-1]
+    weights = load_file(newest / "adapter_model.safetensors")
+    assert len(weights) == 2 * 7 * 2 and all(".lora_" in name for name in weights)
+    assert all(name.startswith("base_model.model.model.layers.") for name in weights)
+    adapted = AutoModelForCausalLM.from_pretrained(tiny)
+    adapted.load_adapter(str(newest))
+    moved = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert moved and all(parameter.abs().sum() > 0 for parameter in moved)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_snapshot_is_a_model_directory_that_transformers_loads(tiny, tmp_path, stage):
+    run(tiny, tmp_path, f"trainer.zero_stage={stage}", world=2)
+    first, *_, last = listed(tmp_path / "run" / "snapshots")
+    loaded, info = AutoModelForCausalLM.from_pretrained(last, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.dtype == torch.float32
+    original = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(first).state_dict()
+    assert all(torch.equal(start[name], original[name]) for name in original)
+    assert not any(torch.equal(loaded.state_dict()[name], original[name]) for name in original)
+    assert (last / "tokenizer.json").exists() and (last / "generation_config.json").exists()
+
+
+def test_gradient_checkpointing_changes_nothing(tiny, alone, tmp_path):
+    same = run(tiny, tmp_path, "trainer.gradient_checkpointing=true")
+    for one, other in zip(alone, same, strict=True):
+        assert other["norm"] == pytest.approx(one["norm"], rel=1e-6)
+
+
+def test_schedules_warm_up_without_a_wasted_step_and_end_where_they_should():
+    from protocol.recipe import Optimizer
+
+    settings = Optimizer(warmup_steps=4, schedule="cosine")
+    factors = [learning_rate_factor(step, settings, 20) for step in range(21)]
+    assert factors[:4] == [0.2, 0.4, 0.6, 0.8] and factors[4] == 1.0
+    assert factors[12] == pytest.approx(0.5) and factors[20] == pytest.approx(0.0)
+    linear = Optimizer(warmup_steps=0, schedule="linear")
+    assert [learning_rate_factor(step, linear, 4) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert math.isclose(learning_rate_factor(999, Optimizer(), 20), 1.0)
