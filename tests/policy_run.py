@@ -2,7 +2,7 @@
 
     RANK=0 WORLD_SIZE=1 ... python -m tests.policy_run SETTINGS.json
 
-Prints one JSON line a step: loss, norm of the gradient, largest gradient entries, checksum of the weights.
+The first rank prints one JSON line a step: loss, norm of the gradient, largest gradient entries, checksum of the weights.
 """
 
 import json
@@ -62,7 +62,9 @@ def main(settings: dict) -> None:
             store = Store(publisher, checkpoints, recipe.trainer, first=ranks.first)
             store.publish(policy)
             while policy.steps_done < settings["steps"]:
-                print(json.dumps(step(policy, store, inbox, ranks, recipe)), flush=True)
+                record = step(policy, store, inbox, ranks, recipe)
+                if ranks.first:
+                    print(json.dumps(record), flush=True)
 
 
 def step(policy: Policy, store: Store, inbox: Inbox, ranks: Ranks, recipe) -> dict:
@@ -83,7 +85,6 @@ def step(policy: Policy, store: Store, inbox: Inbox, ranks: Ranks, recipe) -> di
     measured = summarize(ranks.combine(sums))
     return {
         "step": policy.steps_done,
-        "rank": ranks.rank,
         "rows": len(batch.micro_batches),
         "grad_norm": policy.grad_norm,
         "gradient": None if flat is None else flat[:: max(1, len(flat) // 2000)].tolist(),

@@ -53,7 +53,8 @@ def run(tiny: Path, directory: Path, *overrides: str, world: int = 1, steps: int
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
     outputs = [process.communicate(timeout=240) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs[0][1][-3000:]
+    for process in processes:
+        assert process.returncode == 0, "\n".join(error[-1500:] for _, error in outputs)
     return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
 
 

@@ -81,9 +81,10 @@ class Checkpoints:
     def resume(self, policy: Policy) -> State | None:
         """Loads the newest intact checkpoint; None where there is none at all. Raises NoCheckpoint, UserError."""
         sealed = self._newest_intact() if self._ranks.first else None
-        path = os.fsdecode(self._share(os.fsencode(sealed.path) if sealed else b"-"))
-        if path == "-":
+        found = self._share(os.fsencode(sealed.path) if sealed else None)
+        if not found:
             return None
+        path = os.fsdecode(found)
         state = msgspec.json.decode((Path(path) / "state.json").read_bytes(), type=State)
         if state.world != self._ranks.world:
             raise UserError(
@@ -127,6 +128,6 @@ class Checkpoints:
         return None
 
     def _share(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on all ranks."""
+        """Rank 0's bytes on all ranks, where it has any."""
         size = self._ranks.max([len(data or b"")])[0]
-        return self._ranks.broadcast(data, size)
+        return self._ranks.broadcast(data, size) if size else b""

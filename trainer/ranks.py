@@ -49,8 +49,8 @@ class Ranks:
         return tensor.tolist()
 
     def broadcast(self, data: bytes | None, size: int) -> bytes:
-        """Rank 0's `data`, of `size` bytes, on every rank."""
-        tensor = torch.frombuffer(bytearray(data or bytes(size)), dtype=torch.uint8)
+        """Rank 0's `data`, of `size` bytes, on every rank; what others pass is not looked at."""
+        tensor = torch.frombuffer(bytearray(data if self.first and data else bytes(size)), dtype=torch.uint8)
         dist.broadcast(tensor, 0, group=self._control)
         return tensor.numpy().tobytes()
 
