@@ -2,7 +2,7 @@
 
 import asyncio
 
-from protocol.messages import Failure, Pulse, Split
+from protocol.messages import Failure, Lease, Pulse, Split
 from sampler.answer import Answerer
 from sampler.engine import Engine
 from sampler.rewards.pool import RewardFailed

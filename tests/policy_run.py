@@ -2,7 +2,7 @@
 
     RANK=0 WORLD_SIZE=1 ... python -m tests.policy_run SETTINGS.json
 
-The first rank prints one JSON line a step: loss, norm of the gradient, largest gradient entries, checksum of the weights.
+The first rank prints one JSON line a step: rows, gradient, its norm, KL, a checksum of the weights.
 """
 
 import json
@@ -39,16 +39,14 @@ def groups(step: int, recipe) -> list:
 def main(settings: dict) -> None:
     recipe = load(None, settings["overrides"])
     rundir = RunDir(Path(settings["run"]))
-    with Ranks("gloo", threads=1) as ranks:
+    with Ranks(recipe.trainer.backend, threads=1) as ranks:
         if ranks.first:
             rundir.make()
             open_keys(rundir.keys)
         ranks.barrier()
         keys = open_keys(rundir.keys)
         hub = Hub(keys, "127.0.0.1", 0) if ranks.first else None
-        agreed = Agreement(
-            protocol=1, run_id="r", model="m", tokenizer="t", vocabulary=320, group_size=4, recipe="c"
-        )
+        agreed = Agreement(protocol=1, run_id="r", model="m", tokenizer="t", vocabulary=320, group_size=4, recipe="c")
         desk = Desk(recipe=recipe, agreement=agreed, incarnation=1) if ranks.first else None
         if desk:
             desk.sets = {"train": DataSet(rows=100, fingerprint="f"), "eval": DataSet(rows=0, fingerprint="e")}
@@ -64,7 +62,7 @@ def main(settings: dict) -> None:
             while policy.steps_done < settings["steps"]:
                 record = step(policy, store, inbox, ranks, recipe)
                 if ranks.first:
-                    print(json.dumps(record), flush=True)
+                    sys.stdout.write(json.dumps(record) + "\n")
 
 
 def step(policy: Policy, store: Store, inbox: Inbox, ranks: Ranks, recipe) -> dict:

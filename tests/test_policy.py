@@ -35,7 +35,9 @@ def tiny(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("tiny"))
 
 
-def run(tiny: Path, directory: Path, *overrides: str, world: int = 1, steps: int = 2, **settings) -> list[dict]:
+def run(
+    tiny: Path, directory: Path, *overrides: str, world: int = 1, steps: int = 2, gpu: bool = False, **settings
+) -> list[dict]:
     """The first rank's records of a run in `world` real processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,7 +49,8 @@ def run(tiny: Path, directory: Path, *overrides: str, world: int = 1, steps: int
     processes = []
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {key: str(value) for key, value in place.items()} | {"DS_ACCELERATOR": "cpu"}
+        device = {} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {key: str(value) for key, value in place.items()} | device
         command = [sys.executable, "-m", "tests.policy_run", str(file)]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -67,9 +70,7 @@ def alone(tiny, tmp_path_factory):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(("world", "tokens"), [(1, 45), (2, 45)])
 def test_gradients_and_updates_do_not_depend_on_stage_ranks_or_rows(tiny, alone, tmp_path, stage, world, tokens):
-    cut = run(
-        tiny, tmp_path, f"trainer.zero_stage={stage}", f"trainer.tokens_per_micro_batch={tokens}", world=world
-    )
+    cut = run(tiny, tmp_path, f"trainer.zero_stage={stage}", f"trainer.tokens_per_micro_batch={tokens}", world=world)
     assert cut[0]["rows"] > 2
     for one, other in zip(alone, cut, strict=True):
         assert other["norm"] == pytest.approx(one["norm"], rel=1e-6)

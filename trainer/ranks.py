@@ -28,7 +28,7 @@ class Ranks:
         local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         self.backend = choose_backend(backend)
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", local_rank)
+            self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")

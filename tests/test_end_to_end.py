@@ -1,0 +1,285 @@
+"""The two real workers, started as a user starts them, joined by ZeroMQ and a directory: vLLM, DeepSpeed, 2 ranks.
+
+The model is random and tiny; everything else is what a real run uses.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from launch.local import run_local
+from protocol.metrics import read_metrics
+from protocol.snapshot import listed
+from tests.tiny import make_model
+
+pytestmark = pytest.mark.slow
+
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
+RECIPE = """
+name = "tiny"
+seed = 3
+[model]
+path = "{model}"
+dtype = "{dtype}"
+[data]
+train = "{train}"
+eval = "{eval}"
+limit = 60
+eval_limit = 6
+system = ""
+max_prompt_tokens = 400
+[sampling]
+group_size = 4
+max_tokens = 12
+[[reward]]
+function = "{rewards}:vowels"
+options = {{ scale = 0.5 }}
+[eval]
+temperature = 1.0
+[objective]
+kl_beta = 0.04
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 0
+[trainer]
+gpus = 2
+steps = 6
+prompts_per_step = 4
+tokens_per_micro_batch = 512
+checkpoint_every = 2
+gradient_checkpointing = false
+threads = 1
+[sampler]
+max_running = 32
+compile = false
+cpu_kv_cache_gb = 0.1
+threads = 1
+[network]
+beat_s = 1.0
+dead_s = 10.0
+"""
+
+
+def make_recipe(directory: Path, dtype: str = "float32", data: str = "word-problems", extra: str = "") -> Path:
+    model = make_model(directory / "model")
+    held_out = data if data.endswith(".jsonl") else "word-problems:test"
+    rewards = Path(__file__).with_name("rewards_for_tests.py")
+    text = RECIPE.format(model=model, dtype=dtype, train=data, eval=held_out, rewards=rewards)
+    (directory / "tiny.toml").write_text(text + extra)
+    return directory / "tiny.toml"
+
+
+def start(*command: str, log: Path) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
+    with log.open("ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+
+
+def sampler(run: Path, recipe: Path | None = None) -> subprocess.Popen:
+    options = ["--recipe", str(recipe)] if recipe else []
+    return start(sys.executable, "-m", "sampler", "--run", str(run), *options, log=run.with_suffix(".sampler.log"))
+
+
+def deepspeed(run: Path, recipe: Path | None = None) -> subprocess.Popen:
+    """Exactly the interface's command, `--local_rank` appended by the launcher itself."""
+    program = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
+    options = ["--recipe", str(recipe)] if recipe else []
+    command = [sys.executable, program, "--num_gpus=2", "--master_port", "29713", "--module", "trainer"]
+    return start(*command, "--run", str(run), *options, log=run.with_suffix(".trainer.log"))
+
+
+def finished(process: subprocess.Popen, run: Path, timeout_s: float = 240) -> int:
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        logs = [run.with_suffix(f".{name}.log").read_text()[-2000:] for name in ("trainer", "sampler")]
+        pytest.fail("\n".join(logs))
+
+
+def descendants_of(run: Path) -> list[str]:
+    """Command lines of processes that still work for this run."""
+    alive = []
+    for process in psutil.process_iter():
+        try:
+            line = " ".join(process.cmdline())
+            ours = str(run) in line or str(run) in process.environ().get("VESPER_RUN", "")
+            if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(line)
+        except psutil.Error:
+            continue
+    return alive
+
+
+def steps(run: Path) -> list[dict]:
+    return [record for record in read_metrics(run / "metrics" / "trainer.jsonl") if record["kind"] == "step"]
+
+
+def exams(run: Path) -> list[dict]:
+    return [record for record in read_metrics(run / "metrics" / "trainer.jsonl") if record["kind"] == "exam"]
+
+
+def no_engine_left(run: Path) -> bool:
+    deadline = time.monotonic() + 20
+    while descendants_of(run) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return not descendants_of(run)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One complete run of the two workers; the sampler comes first and has to wait."""
+    directory = tmp_path_factory.mktemp("whole")
+    recipe, run = make_recipe(directory), directory / "run"
+    samples = sampler(run, recipe)
+    time.sleep(3)
+    trains = deepspeed(run, recipe)
+    assert finished(trains, run) == 0, run.with_suffix(".trainer.log").read_text()[-3000:]
+    assert finished(samples, run, 60) == 0, run.with_suffix(".sampler.log").read_text()[-3000:]
+    return run
+
+
+def test_every_group_is_trained_once_and_in_order(whole):
+    trained = [group_id for record in steps(whole) for group_id in record["groups"]]
+    assert sorted(trained) == list(range(24))
+    assert [record["step"] for record in steps(whole)] == [1, 2, 3, 4, 5, 6]
+    assert all(record["groups/train/accepted"] >= 4 * record["step"] for record in steps(whole))
+
+
+def test_sampler_and_trainer_compute_the_same_logprobs(whole):
+    """float32 on both sides and the same snapshot: only the order of additions differs."""
+    first = steps(whole)[0]
+    assert first["staleness/max"] == 0
+    assert first["sampling/sampling_logp_difference/mean"] < 1e-5
+    assert first["sampling/sampling_logp_difference/max"] < 1e-3
+
+
+def test_the_kl_to_the_reference_is_zero_before_the_first_update(whole):
+    assert steps(whole)[0]["kl"] < 1e-6
+    assert steps(whole)[-1]["kl"] > 1e-6
+
+
+def test_staleness_stays_within_its_bound_and_weights_do_change_in_between(whole):
+    assert all(record["staleness/max"] <= 1 for record in steps(whole))
+    assert any(record["staleness/mean"] > 0 for record in steps(whole))
+
+
+def test_held_out_prompts_are_answered_before_and_after(whole):
+    before, after = exams(whole)
+    assert (before["step"], after["step"], before["n"], after["n"]) == (0, 6, 6, 6)
+
+
+def test_every_rollout_is_on_disk_with_its_text_and_versions(whole):
+    rows = [row for file in (whole / "rollouts").glob("*.jsonl") for row in read_metrics(file)]
+    trained = {group_id for record in steps(whole) for group_id in record["groups"]}
+    assert {row["group"] for row in rows if row["split"] == "train"} >= trained
+    assert all(row["completion"] is not None and row["snapshots"] for row in rows)
+    assert {row["finish"] for row in rows} <= {"stop", "length"}
+
+
+def test_the_last_snapshot_is_a_model_that_transformers_loads(whole):
+    model = AutoModelForCausalLM.from_pretrained(listed(whole / "snapshots")[-1])
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_snapshots_are_pruned_and_nothing_half_written_is_left(whole):
+    assert 1 <= len(listed(whole / "snapshots")) <= 4
+    assert not [path for path in whole.rglob(".tmp-*")]
+
+
+def test_no_process_is_left(whole):
+    assert no_engine_left(whole)
+
+
+def test_starting_a_complete_run_again_does_nothing_and_succeeds(whole):
+    before = len(steps(whole))
+    assert finished(deepspeed(whole), whole, 120) == 0
+    assert len(steps(whole)) == before
+
+
+def test_a_killed_trainer_resumes_while_its_sampler_stays(tmp_path):
+    """kill -9 of all ranks in mid-run: nothing is lost, nothing trained twice, and the sampler is not restarted."""
+    recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    samples, trains = sampler(run, recipe), deepspeed(run, recipe)
+    wait_for(lambda: len(steps(run)) >= 3, 200, run)
+    os.killpg(trains.pid, signal.SIGKILL)
+    trains.wait()
+    assert finished(deepspeed(run), run) == 0
+    assert finished(samples, run, 60) == 0
+    assert audit(run) == list(range(24))
+    assert no_engine_left(run)
+
+
+def test_sigterm_saves_and_a_killed_sampler_is_replaced_without_loss(tmp_path):
+    recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    first, trains = sampler(run, recipe), deepspeed(run, recipe)
+    wait_for(lambda: len(steps(run)) >= 1, 200, run)
+    os.killpg(first.pid, signal.SIGKILL)  # the supervisor; its engine must go with it
+    os.killpg(trains.pid, signal.SIGTERM)
+    assert finished(trains, run, 60) is not None
+    saved = [path.name for path in listed(run / "checkpoints")]
+    assert saved, run.with_suffix(".trainer.log").read_text()[-2000:]
+    done = len(steps(run))
+    assert int(saved[-1][1:9]) == done, "a stop loses no step"
+    second, trains = sampler(run), deepspeed(run)
+    assert finished(trains, run) == 0
+    assert finished(second, run, 60) == 0
+    assert audit(run) == list(range(24))
+    assert no_engine_left(run)
+
+
+def test_gsm8k_with_adapters_in_bfloat16(tmp_path):
+    """Real problems, LoRA, ZeRO 2: adapters reach vLLM, the base model is the reference."""
+    if not GSM8K.exists():
+        pytest.skip("GSM8K is not at hand (../shared/data/gsm8k/train.jsonl)")
+    extra = "[lora]\nrank = 8\nalpha = 16\n"
+    recipe, run = make_recipe(tmp_path, "bfloat16", str(GSM8K), extra), tmp_path / "run"
+    text = recipe.read_text().replace("max_prompt_tokens = 400", "max_prompt_tokens = 900")
+    recipe.write_text(text.replace("[trainer]", "[trainer]\nzero_stage = 2"))
+    samples, trains = sampler(run, recipe), deepspeed(run, recipe)
+    assert finished(trains, run) == 0, run.with_suffix(".trainer.log").read_text()[-3000:]
+    assert finished(samples, run, 60) == 0, run.with_suffix(".sampler.log").read_text()[-3000:]
+    assert steps(run)[0]["kl"] == 0.0
+    assert steps(run)[-1]["kl"] > 0.0
+    assert all(record["sampling/sampling_logp_difference/mean"] < 0.1 for record in steps(run))
+    assert (listed(run / "snapshots")[-1] / "adapter_model.safetensors").exists()
+
+
+def test_the_launcher_runs_a_recipe_from_start_to_summary(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    code = run_local(recipe, run, [], fresh=False)
+    before, after = exams(run)
+    out = capsys.readouterr().out.strip().splitlines()
+    assert code == (0 if after["accuracy"] > before["accuracy"] else 1)
+    assert out[-1].startswith("tiny: held-out accuracy ") and ", 6 steps, " in out[-1]
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert no_engine_left(run)
+
+
+def audit(run: Path) -> list[int]:
+    """Ids trained in the history that leads to the end: the last record of a step is the one that counts."""
+    history = {record["step"]: record["groups"] for record in steps(run)}
+    assert sorted(history) == [1, 2, 3, 4, 5, 6]
+    state = json.loads((listed(run / "checkpoints")[-1] / "state.json").read_text())["inbox"]["ledger"]
+    trained = sorted(group_id for groups in history.values() for group_id in groups)
+    assert state["done_below"] + len(state["done_above"]) == len(trained)
+    return trained
+
+
+def wait_for(condition, timeout_s: float, run: Path) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            logs = [run.with_suffix(f".{name}.log").read_text()[-2000:] for name in ("trainer", "sampler")]
+            pytest.fail("\n".join(logs))
+        time.sleep(0.1)

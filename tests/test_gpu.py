@@ -1,0 +1,61 @@
+"""The trainer on a real NVIDIA GPU: the same update as on the CPU, over NCCL and over gloo."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_policy import run
+from tests.tiny import make_model
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tiny, tmp_path_factory):
+    return run(tiny, tmp_path_factory.mktemp("cpu"))
+
+
+def same_update(one: list[dict], other: list[dict], tolerance: float) -> None:
+    for a, b in zip(one, other, strict=True):
+        gap = np.linalg.norm(np.subtract(a["gradient"], b["gradient"])) / np.linalg.norm(a["gradient"])
+        assert gap < tolerance, gap
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=tolerance)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_gpu_with_nccl_makes_the_update_of_the_cpu(tiny, on_cpu, tmp_path, stage):
+    found = run(tiny, tmp_path, "trainer.backend=nccl", f"trainer.zero_stage={stage}", gpu=True)
+    if stage:
+        same_update(on_cpu, found, 1e-4)
+    assert found[-1]["weights"] == pytest.approx(on_cpu[-1]["weights"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gloo_exchanges_gradients_of_gpu_ranks(tiny, on_cpu, tmp_path, stage):
+    """What virtual GPUs need: two ranks, CUDA tensors, no NCCL."""
+    options = ["trainer.backend=gloo", f"trainer.zero_stage={stage}", "trainer.tokens_per_micro_batch=45"]
+    found = run(tiny, tmp_path, *options, world=2, gpu=True)
+    if stage:
+        same_update(on_cpu, found, 1e-4)
+    assert found[-1]["weights"] == pytest.approx(on_cpu[-1]["weights"], rel=1e-4)
+
+
+def test_bfloat16_resumes_exactly_on_a_gpu(tiny, tmp_path):
+    whole = run(tiny, tmp_path / "whole", "model.dtype=bfloat16", steps=4, gpu=True)
+    run(tiny, tmp_path / "cut", "model.dtype=bfloat16", steps=2, gpu=True)
+    resumed = run(tiny, tmp_path / "cut", "model.dtype=bfloat16", steps=4, incarnation=2, gpu=True)
+    assert resumed == whole[2:]
+
+
+def test_adapters_have_their_base_model_as_reference_on_a_gpu(tiny, tmp_path):
+    records = run(tiny, tmp_path, "model.dtype=bfloat16", "lora.rank=4", steps=3, gpu=True)
+    assert records[0]["kl"] == 0.0 and records[2]["kl"] > 0.0
