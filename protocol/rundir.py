@@ -23,8 +23,8 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     address: str
     incarnation: int
     host: str
-    finished: bool = False
-    """The run is complete; a sampler that comes now has nothing to do."""
+    steps: int = 0
+    """Optimizer steps after which the run is complete; 0 while it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,11 @@ class RunDir:
             return msgspec.json.decode((self.path / "endpoint.json").read_bytes(), type=Endpoint)
         except (OSError, msgspec.DecodeError):
             return None
+
+    def is_complete(self, steps: int) -> bool:
+        """Whether a trainer has finished this many steps here; asked for more, it goes on."""
+        endpoint = self.read_endpoint()
+        return endpoint is not None and endpoint.steps >= steps
 
     def claim_incarnation(self) -> int:
         """The next number, ours alone: every trainer start in this directory gets another one."""

@@ -33,6 +33,9 @@ def main() -> int:
         from sampler.replica import run  # torch and vllm, only now
 
         return run(rundir, recipe, int(os.environ[REPLICA]))
+    if rundir.is_complete(recipe.trainer.steps):
+        print(f"sampler: {rundir.path} is complete, nothing to sample", flush=True)
+        return 0
     return supervise(rundir, recipe)
 
 

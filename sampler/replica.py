@@ -78,7 +78,7 @@ async def serve(
         session = Session(
             rundir,
             keys,
-            recipe.network,
+            recipe,
             agreement,
             sets,
             lambda held: Load(engine.snapshot, max(0, capacity - held), engine.tokens),

@@ -33,7 +33,7 @@ from protocol.messages import (
     Welcome,
     Who,
 )
-from protocol.recipe import Network
+from protocol.recipe import Recipe
 from protocol.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -57,13 +57,14 @@ class Session:
         self,
         rundir: RunDir,
         keys: Keys,
-        network: Network,
+        recipe: Recipe,
         agreement: Agreement,
         sets: dict[Split, DataSet],
         load: Callable[[int], Load],
         versions: dict[str, str],
     ) -> None:
-        self._rundir, self._keys, self._network, self._load = rundir, keys, network, load
+        self._rundir, self._keys, self._load = rundir, keys, load
+        self._network, self._steps = recipe.network, recipe.trainer.steps
         self.name = secrets.token_hex(8)
         self._hello = Hello(
             session=self.name, agreement=agreement, train=sets["train"], eval=sets["eval"], versions=versions
@@ -192,7 +193,7 @@ class Session:
         """Waits until the run directory names an endpoint, and connects to it."""
         while self._uplink is None and not self._stopped:
             endpoint = self._rundir.read_endpoint()
-            if endpoint and endpoint.finished:
+            if endpoint and endpoint.steps >= self._steps:
                 log.info("the run is complete")
                 self._stopped = True
             elif endpoint:

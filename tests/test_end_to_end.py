@@ -3,10 +3,12 @@
 The model is random and tiny; everything else is what a real run uses.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -82,7 +84,21 @@ def make_recipe(directory: Path, dtype: str = "float32", data: str = "word-probl
 def start(*command: str, log: Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
     with log.open("ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+    STARTED.append(process)
+    return process
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_stays():
+    """Also after a failed test."""
+    yield
+    for process in STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def sampler(run: Path, recipe: Path | None = None) -> subprocess.Popen:
@@ -94,7 +110,10 @@ def deepspeed(run: Path, recipe: Path | None = None) -> subprocess.Popen:
     """Exactly the interface's command, `--local_rank` appended by the launcher itself."""
     program = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
     options = ["--recipe", str(recipe)] if recipe else []
-    command = [sys.executable, program, "--num_gpus=2", "--master_port", "29713", "--module", "trainer"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, program, "--num_gpus=2", "--master_port", port, "--module", "trainer"]
     return start(*command, "--run", str(run), *options, log=run.with_suffix(".trainer.log"))
 
 
@@ -210,7 +229,7 @@ def test_a_killed_trainer_resumes_while_its_sampler_stays(tmp_path):
     """kill -9 of all ranks in mid-run: nothing is lost, nothing trained twice, and the sampler is not restarted."""
     recipe, run = make_recipe(tmp_path), tmp_path / "run"
     samples, trains = sampler(run, recipe), deepspeed(run, recipe)
-    wait_for(lambda: len(steps(run)) >= 3, 200, run)
+    wait_for(lambda: len(steps(run)) >= 3, trains, run)
     os.killpg(trains.pid, signal.SIGKILL)
     trains.wait()
     assert finished(deepspeed(run), run) == 0
@@ -222,7 +241,7 @@ def test_a_killed_trainer_resumes_while_its_sampler_stays(tmp_path):
 def test_sigterm_saves_and_a_killed_sampler_is_replaced_without_loss(tmp_path):
     recipe, run = make_recipe(tmp_path), tmp_path / "run"
     first, trains = sampler(run, recipe), deepspeed(run, recipe)
-    wait_for(lambda: len(steps(run)) >= 1, 200, run)
+    wait_for(lambda: len(steps(run)) >= 1, trains, run)
     os.killpg(first.pid, signal.SIGKILL)  # the supervisor; its engine must go with it
     os.killpg(trains.pid, signal.SIGTERM)
     assert finished(trains, run, 60) is not None
@@ -276,10 +295,11 @@ def audit(run: Path) -> list[int]:
     return trained
 
 
-def wait_for(condition, timeout_s: float, run: Path) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_for(condition, process: subprocess.Popen, run: Path) -> None:
+    """Until the condition holds; fails with the logs when the process ends before."""
+    deadline = time.monotonic() + 200
     while not condition():
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or process.poll() is not None:
             logs = [run.with_suffix(f".{name}.log").read_text()[-2000:] for name in ("trainer", "sampler")]
             pytest.fail("\n".join(logs))
         time.sleep(0.1)

@@ -96,7 +96,7 @@ class FakeEngine(threading.Thread):
         keys = open_keys(self._rundir.keys)
         sets = {"train": DataSet(rows=50, fingerprint="f"), "eval": DataSet(rows=3, fingerprint="e")}
         agreement = agreed(keys.run_id, **self._disagreement)
-        session = Session(self._rundir, keys, RECIPE.network, agreement, sets, self._load, {})
+        session = Session(self._rundir, keys, RECIPE, agreement, sets, self._load, {})
         self.session = session
         async for message in session.messages():
             if isinstance(message, Pulse):

@@ -18,6 +18,9 @@ def main() -> int:
     flags.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher; not for you")
     options = flags.parse_args()
     rundir, recipe = resolve_recipe(options.run, options.recipe, options.overrides)
+    if rundir.is_complete(recipe.trainer.steps):
+        print(f"trainer: {rundir.path} is complete; ask for more with --set trainer.steps=N", flush=True)
+        return 0
     if "RANK" not in os.environ:
         return launch(options.gpus or recipe.trainer.gpus, rundir)
     from trainer.rank import run  # torch and deepspeed, only now

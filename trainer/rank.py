@@ -64,7 +64,7 @@ def run(rundir: RunDir, recipe: Recipe) -> int:
                 complete = whole_run(policy, inbox, store, record, recipe)
             store.checkpoint(policy, inbox, now=True)
             if hub and complete:
-                announce(rundir, hub, incarnation, finished=True)
+                announce(rundir, hub, incarnation, steps=policy.steps_done)
             inbox.finish(final=complete)
     log.info("%s after %d steps", "complete" if complete else "stopped, resumable", policy.steps_done)
     return 0
@@ -91,10 +91,11 @@ def restore(state: State | None, desk: Desk | None, inbox: Inbox) -> None:
         desk.open_ledger(desk.sets["train"].rows).restore(state.inbox["ledger"])
 
 
-def announce(rundir: RunDir, hub: Hub, incarnation: int, finished: bool = False) -> None:
-    endpoint = Endpoint(address=hub.address, incarnation=incarnation, host=socket.gethostname(), finished=finished)
+def announce(rundir: RunDir, hub: Hub, incarnation: int, steps: int = 0) -> None:
+    """Tells samplers where to connect or, with the number of steps, that the run is complete."""
+    endpoint = Endpoint(address=hub.address, incarnation=incarnation, host=socket.gethostname(), steps=steps)
     rundir.write_endpoint(endpoint)
-    if not finished:
+    if not steps:
         log.info("listening on %s, run directory %s", hub.address, rundir.path)
 
 
