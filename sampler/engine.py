@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -30,7 +30,7 @@ from policy.canary import TOLERANCE, mean_gap
 from protocol.errors import EngineDead, WrongWeights
 from protocol.messages import Pulse, Span
 from protocol.recipe import Recipe
-from protocol.snapshot import Canary, Sealed, open_sealed
+from protocol.snapshot import Canary, Corrupt, Sealed, open_sealed
 from sampler.worker import SAMPLER_PID
 
 log = logging.getLogger(__name__)
@@ -122,26 +122,34 @@ class Engine:
         return last
 
     async def _swap(self, sealed: Sealed, pulse: Pulse) -> None:
-        """Between two tokens; running requests go on with their KV cache."""
+        """Reads while the engine runs, then switches between two tokens; running requests keep their KV cache."""
         self._verified.clear()
         try:
+            apply = await self._read(sealed, pulse)
             await self._llm.pause_generation(mode="keep", clear_cache=False)
-            if sealed.manifest.kind == "adapter":
-                await self._swap_adapter(sealed)
-            else:
-                arguments = (str(sealed.path), pulse.manifest_sha256, PATIENCE_S)
-                await self._llm.collective_rpc("load_snapshot", args=arguments)
+            await apply()
             await self._llm.update_weight_version(pulse.snapshot)
             await self._llm.resume_generation()
         except EngineDeadError as error:
             raise EngineDead(f"vLLM died while loading {pulse.snapshot}: {error}") from error
 
-    async def _swap_adapter(self, sealed: Sealed) -> None:
+    async def _read(self, sealed: Sealed, pulse: Pulse) -> Callable[[], Awaitable[object]]:
+        """What remains to be done while the engine is paused. Raises Corrupt."""
+        if sealed.manifest.kind == "adapter":
+            files = {name: await asyncio.to_thread(sealed.read, name) for name in sealed.manifest.files}
+            return lambda: self._apply_adapter(files)
+        arguments = (str(sealed.path), pulse.manifest_sha256, PATIENCE_S)
+        problems = [problem for problem in await self._llm.collective_rpc("read_snapshot", args=arguments) if problem]
+        if problems:
+            raise Corrupt(problems[0])
+        return lambda: self._llm.collective_rpc("apply_snapshot")
+
+    async def _apply_adapter(self, files: dict[str, bytes]) -> None:
         """vLLM reads an adapter from files: it gets a private copy of the verified bytes."""
         copy = Path(tempfile.mkdtemp(prefix="adapter-"))
         try:
-            for name in sealed.manifest.files:
-                (copy / name).write_bytes(await asyncio.to_thread(sealed.read, name))
+            for name, data in files.items():
+                (copy / name).write_bytes(data)
             await self._llm.add_lora(LoRARequest("policy", 1, str(copy), load_inplace=self._adapter is not None))
         finally:
             shutil.rmtree(copy)

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from protocol.snapshot import open_sealed
+from protocol.snapshot import Corrupt, open_sealed
 
 SAMPLER_PID = "VESPER_SAMPLER_PID"
 """Environment: the process whose death ends this one and its whole session."""
@@ -22,15 +22,23 @@ SAMPLER_PID = "VESPER_SAMPLER_PID"
 class SnapshotWorker:
     """Mixed into vLLM's worker by name (`worker_extension_cls`)."""
 
-    def load_snapshot(self, path: str, sha256: str, patience_s: float) -> None:
-        """Replaces all weights by those of a full snapshot, verified over the bytes that are parsed.
+    def read_snapshot(self, path: str, sha256: str, patience_s: float) -> str:
+        """Reads a full snapshot, verified over the very bytes that are parsed; what is wrong with it, or "".
 
-        Raises Corrupt, before any weight is touched in a file that is not the sealed one.
+        No weight changes, so a snapshot that cannot be read costs nothing.
         """
-        sealed = open_sealed(Path(path), sha256, patience_s=patience_s)
-        names = [name for name in sealed.manifest.files if name.endswith(".safetensors")]
-        shards = [load(sealed.read(name)) for name in names]
-        self.reload_weights(weights_iterator=(item for shard in shards for item in shard.items()))
+        try:
+            sealed = open_sealed(Path(path), sha256, patience_s=patience_s)
+            names = [name for name in sealed.manifest.files if name.endswith(".safetensors")]
+            self.shards = [load(sealed.read(name)) for name in names]
+        except Corrupt as error:
+            return str(error)
+        return ""
+
+    def apply_snapshot(self) -> None:
+        """Replaces all weights by those that were read."""
+        self.reload_weights(weights_iterator=(item for shard in self.shards for item in shard.items()))
+        del self.shards
         if next(self.model_runner.get_model().parameters()).device.type == "cpu":
             self._repack_tied_head()
 

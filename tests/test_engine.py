@@ -1,0 +1,169 @@
+"""Real vLLM: its log-probs are the trainer's, weights change under running requests, wrong weights never sample."""
+
+import asyncio
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from policy.canary import canary_sequences
+from policy.logprobs import TokenLogprobs, pack
+from policy.model import load_tokenizer, model_fingerprint
+from protocol.errors import WrongWeights
+from protocol.messages import Pulse
+from protocol.resolve import load
+from protocol.snapshot import Canary, Corrupt, Manifest, hash_file, seal, snapshot_id, staging
+from sampler.engine import Engine
+from tests.tiny import make_model
+
+pytestmark = pytest.mark.slow
+
+PROMPT = np.frombuffer(b"What is two plus two?", np.uint8).astype(np.int32)
+
+
+def publish(model_directory: Path, snapshots: Path, step: int, canary_of: Path | None = None) -> Pulse:
+    """A full snapshot as the trainer writes it; `canary_of` lets it lie about the weights."""
+    name = snapshot_id(step, 1)
+    tokens = canary_sequences(load_tokenizer(model_directory))
+    scores = [logprobs(canary_of or model_directory, row[:1], [row[1:]])[0].tolist() for row in tokens]
+    with staging(snapshots, name) as aside:
+        shutil.copytree(model_directory, aside, dirs_exist_ok=True)
+        manifest = Manifest(
+            kind="full",
+            run_id="r",
+            id=name,
+            parent=None,
+            step=step,
+            incarnation=1,
+            model=model_fingerprint(model_directory),
+            canary=Canary(tokens=tokens, logprobs=scores),
+            files={path.name: hash_file(path) for path in aside.iterdir()},
+        )
+        return Pulse(snapshot=name, manifest_sha256=seal(aside, snapshots / name, manifest))
+
+
+def logprobs(directory: Path, prompt, completions, dtype=torch.float32, temperature: float = 1.0) -> list[np.ndarray]:
+    """The trainer's computation."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+    completions = [np.asarray(completion) for completion in completions]
+    with torch.no_grad():
+        found, _ = TokenLogprobs(model, temperature, 64)(pack([(np.asarray(prompt), completions)]))
+    return [part.numpy() for part in found.split([len(completion) for completion in completions])]
+
+
+class Running:
+    """An engine on an event loop of its own thread, so that tests can stay plain functions."""
+
+    def __init__(self, directory: Path, *overrides: str) -> None:
+        self.model, self.snapshots = make_model(directory / "model"), directory / "snapshots"
+        self.snapshots.mkdir()
+        recipe = load(
+            None,
+            [
+                f"model.path={self.model}",
+                "model.dtype=float32",
+                "data.max_prompt_tokens=64",
+                "sampling.max_tokens=200",
+                "sampling.temperature=0.7",
+                "sampler.max_running=16",
+                "sampler.compile=false",
+                "sampler.cpu_kv_cache_gb=0.1",
+                *overrides,
+            ],
+        )
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.engine = Engine(recipe, self.model, self.snapshots, gpu=False, seed=1)
+        self.call(self.engine.__aenter__())
+
+    def call(self, coroutine, timeout_s: float = 120):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
+
+    def close(self) -> None:
+        self.call(self.engine.__aexit__())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    result = Running(tmp_path_factory.mktemp("engine"))
+    yield result
+    result.close()
+
+
+def differently_trained(running: Running, seed: int) -> Path:
+    return make_model(running.model.parent / f"other-{seed}", seed=seed)
+
+
+def test_sampled_logprobs_are_the_trainers_at_the_sampling_temperature(running):
+    running.call(running.engine.load(publish(running.model, running.snapshots, 0)))
+    sampled = running.call(running.engine.generate(PROMPT, count=4, temperature=0.7))
+    expected = logprobs(running.model, PROMPT, [one.tokens for one in sampled], temperature=0.7)
+    gaps = np.concatenate([abs(one.logprobs - other) for one, other in zip(sampled, expected, strict=True)])
+    assert gaps.mean() < 1e-5 and gaps.max() < 1e-3
+    assert {one.finish for one in sampled} <= {"stop", "length"} and all(len(one.tokens) for one in sampled)
+
+
+def test_weights_change_under_a_running_request_and_each_token_knows_its_own(running):
+    other = differently_trained(running, 1)
+
+    async def both():
+        generating = asyncio.create_task(running.engine.generate(PROMPT, count=8, temperature=0.7))
+        while running.engine.tokens < counted + 40:
+            await asyncio.sleep(0.005)
+        await running.engine.load(publish(other, running.snapshots, 1))
+        return await generating
+
+    counted = running.engine.tokens
+    sampled = running.call(both())
+    mixed = [one for one in sampled if len(one.spans) == 2]
+    assert mixed, "no request was running when the weights changed"
+    for one in mixed:
+        first, second = one.spans
+        assert (first.snapshot, second.snapshot) == (snapshot_id(0, 1), snapshot_id(1, 1))
+        assert first.start == 0 and first.end == second.start and second.end == len(one.tokens)
+        old = logprobs(running.model, PROMPT, [one.tokens], temperature=0.7)[0]
+        assert abs(one.logprobs[: first.end] - old[: first.end]).max() < 1e-3
+        assert abs(one.logprobs[second.start :] - old[second.start :]).max() > 1e-2
+
+
+def test_a_damaged_snapshot_is_never_sampled_with(running, monkeypatch):
+    """Ancestor defects 2 and 10: a failed load was printed, or not even that, and old weights went on."""
+    monkeypatch.setattr("sampler.engine.PATIENCE_S", 0.0)
+    before = running.engine.snapshot
+    pulse = publish(running.model, running.snapshots, 5)
+    file = running.snapshots / pulse.snapshot / "model.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(Corrupt, match="not the sealed"):
+        running.call(running.engine.load(pulse))
+    assert running.engine.snapshot == before
+
+
+def test_a_manifest_that_was_not_announced_is_refused(running, monkeypatch):
+    monkeypatch.setattr("sampler.engine.PATIENCE_S", 0.0)
+    publish(running.model, running.snapshots, 6)
+    with pytest.raises(Corrupt):
+        running.call(running.engine.load(Pulse(snapshot=snapshot_id(6, 1), manifest_sha256="0" * 64)))
+
+
+def test_weights_that_compute_something_else_than_the_trainers_are_refused(running):
+    """A skipped tensor, an adapter that was not applied: loads perfectly, samples nonsense."""
+    lie = publish(running.model, running.snapshots, 7, canary_of=differently_trained(running, 2))
+    with pytest.raises(WrongWeights, match="differ by"):
+        running.call(running.engine.load(lie))
+    assert running.engine.snapshot != lie.snapshot
+
+
+def test_the_next_good_snapshot_is_used_again(running):
+    """The last one: also the tied output layer follows, which the CPU backend keeps packed."""
+    third = differently_trained(running, 3)
+    running.call(running.engine.load(publish(third, running.snapshots, 8)))
+    sampled = running.call(running.engine.generate(PROMPT, count=2, temperature=0.7))
+    expected = logprobs(third, PROMPT, [one.tokens for one in sampled], temperature=0.7)
+    assert max(abs(one.logprobs - other).max() for one, other in zip(sampled, expected, strict=True)) < 1e-3
