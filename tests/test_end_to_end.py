@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from launch.local import run_local
 from protocol.metrics import read_metrics
+from protocol.process import group_alive
 from protocol.snapshot import listed
 from tests.tiny import make_model
 
@@ -244,7 +245,8 @@ def test_sigterm_saves_and_a_killed_sampler_is_replaced_without_loss(tmp_path):
     wait_for(lambda: len(steps(run)) >= 1, trains, run)
     os.killpg(first.pid, signal.SIGKILL)  # the supervisor; its engine must go with it
     os.killpg(trains.pid, signal.SIGTERM)
-    assert finished(trains, run, 60) is not None
+    while group_alive(trains):  # DeepSpeed's launcher is gone at once, its ranks are still saving
+        time.sleep(0.1)
     saved = [path.name for path in listed(run / "checkpoints")]
     assert saved, run.with_suffix(".trainer.log").read_text()[-2000:]
     done = len(steps(run))
