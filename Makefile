@@ -8,7 +8,7 @@ READY := .venv/ready
 .PHONY: demo test test-fast check clean
 
 demo: $(READY)
-	@$(RUN) -m launch recipes/demo.toml
+	@$(RUN) -m launch recipes/demo.toml --fresh
 
 test: $(READY)
 	@$(RUN) -m pytest -ra

@@ -68,13 +68,22 @@ def end(process: subprocess.Popen, grace_s: float) -> int:
     return process.wait()
 
 
+ONE_STOP_S = 1.0
+"""Launchers pass one stop on in several ways: signals that come together count once."""
+
+
 def on_stop_signal(action: Callable[[], None]) -> None:
-    """Calls `action` on the first SIGTERM or SIGINT; the second one ends the process at once."""
+    """Calls `action` on the first SIGTERM or SIGINT; a later one ends the process at once."""
+    first: list[float] = []
 
     def handle(number: int, _: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        action()
+        now = time.monotonic()
+        if not first:
+            first.append(now)
+            action()
+        elif now - first[0] > ONE_STOP_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)

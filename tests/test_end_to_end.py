@@ -100,6 +100,7 @@ def nothing_stays():
     for process in STARTED:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def sampler(run: Path, recipe: Path | None = None) -> subprocess.Popen:

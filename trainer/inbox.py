@@ -24,12 +24,11 @@ TURN_S = 2.0
 
 
 class Inbox:
-    """All ranks construct one; only rank 0's has a desk and a hub."""
+    """All ranks construct one; only rank 0's has a desk and a hub. Once `stop` is set on any, all `take` None."""
 
-    def __init__(self, ranks: Ranks, desk: Desk | None, hub: Hub | None) -> None:
-        self._ranks, self._desk, self._hub = ranks, desk, hub
+    def __init__(self, ranks: Ranks, desk: Desk | None, hub: Hub | None, stop: threading.Event) -> None:
+        self._ranks, self._desk, self._hub, self._stopping = ranks, desk, hub, stop
         self._changed = threading.Condition()
-        self._stopping = threading.Event()
         self._closing = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="hub", daemon=True)
@@ -74,10 +73,6 @@ class Inbox:
             with self._changed:
                 self._desk.exam = None
         return codec.decode_groups(data) if data else None
-
-    def ask_to_stop(self) -> None:
-        """From a signal handler: the next `take` on every rank returns None."""
-        self._stopping.set()
 
     # -- rank 0 --------------------------------------------------------------------------------------------------
 

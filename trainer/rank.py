@@ -4,6 +4,8 @@ import logging
 import os
 import signal
 import socket
+import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -31,12 +33,17 @@ from trainer.store import Store
 
 log = logging.getLogger(__name__)
 
+ORPHAN_S = 120.0
+"""For the last checkpoint of a rank whose launcher was killed."""
+
 
 def run(rundir: RunDir, recipe: Recipe) -> int:
     """The whole life of one rank. 0 when the run is complete, or was asked to stop and has saved."""
     log_to_console(f"trainer.{os.environ['RANK']}")
+    stop = threading.Event()
+    on_stop_signal(stop.set)
     die_with_parent()
-    watch_ancestors(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    watch_ancestors(2, lambda: orphaned(stop))
     rundir.make()
     keys, directory = open_keys(rundir.keys), locate(recipe.model)
     with Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
@@ -46,8 +53,7 @@ def run(rundir: RunDir, recipe: Recipe) -> int:
         tokenizer = load_tokenizer(directory)
         agreement = agree(keys.run_id, directory, tokenizer, recipe)
         desk = Desk(recipe=recipe, agreement=agreement, incarnation=incarnation) if ranks.first else None
-        with Inbox(ranks, desk, hub) as inbox:
-            on_stop_signal(inbox.ask_to_stop)
+        with Inbox(ranks, desk, hub, stop) as inbox:
             policy = Policy(recipe, directory, ranks)
             checkpoints = Checkpoints(rundir, keys, ranks, incarnation, agreement.model)
             restore(checkpoints.resume(policy), desk, inbox)
@@ -68,6 +74,14 @@ def run(rundir: RunDir, recipe: Recipe) -> int:
             inbox.finish(final=complete)
     log.info("%s after %d steps", "complete" if complete else "stopped, resumable", policy.steps_done)
     return 0
+
+
+def orphaned(stop: threading.Event) -> None:
+    """The launcher is gone: save and end like after a signal, and end in any case."""
+    log.warning("the launcher is gone: saving and ending")
+    stop.set()
+    time.sleep(ORPHAN_S)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def whole_run(policy: Policy, inbox: Inbox, store: Store, record: Record, recipe: Recipe) -> bool:
