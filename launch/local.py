@@ -1,6 +1,7 @@
 """One machine: starts the trainer and the sampler of a recipe, shows progress, ends both, says what came of it."""
 
-import signal
+import os
+import re
 import subprocess
 import sys
 import time
@@ -9,8 +10,8 @@ from pathlib import Path
 
 from launch.curve import draw_curve
 from launch.progress import Progress, duration
-from protocol.errors import RunError, UserError
-from protocol.process import end, on_stop_signal, signal_group, start
+from protocol.errors import RunError
+from protocol.process import end, on_stop_signal, start, visible_gpus
 from protocol.recipe import Recipe
 from protocol.resolve import load
 from protocol.rundir import RunDir, resolve_recipe
@@ -19,7 +20,7 @@ from protocol.snapshot import listed
 GRACE_S = 40.0
 """For the trainer's last checkpoint."""
 RESTART = {71, 73}
-"""Exit codes after which a worker is started again, as after a signal."""
+"""Exit codes of expected failures after which a worker is started again, as after a crash."""
 MAX_RESTARTS, WINDOW_S = 5, 600.0
 
 
@@ -34,12 +35,16 @@ class Worker:
     name: str
     command: list[str]
     log: Path
+    environment: dict[str, str]
     process: subprocess.Popen | None = None
+    offset: int = 0
+    """Where in the log its present process began."""
     restarts: list[float] = field(default_factory=list)
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            self.process = start(self.command, log=log)
+            self.offset = log.tell()
+            self.process = start(self.command, log=log, environment=self.environment)
 
     def ended(self) -> bool:
         """True when it ended well. Starts it again after a crash; raises after too many, or after a user's mistake."""
@@ -48,11 +53,9 @@ class Worker:
         if not code:
             return code == 0
         end(self.process, 0.0)  # nothing of the old one may be left beside the new one
-        last = last_words(self.log)
-        if code in (2, 3):
-            raise UserError(f"the {self.name} refused to start: {last}")
-        if code > 0 and code not in RESTART and not self.killed(code):
-            raise RunError(f"the {self.name} failed with exit code {code}: {last}; see {self.log}")
+        last = last_words(self.log, self.offset)
+        if last.startswith("error: ") and code not in RESTART:  # behind DeepSpeed's launcher the code itself is lost
+            raise RunError(f"the {self.name} ended: {last.removeprefix('error: ')}; see {self.log}")
         now = time.monotonic()
         self.restarts = [then for then in self.restarts if now - then < WINDOW_S] + [now]
         if len(self.restarts) > MAX_RESTARTS:
@@ -60,11 +63,6 @@ class Worker:
         print(f"\nthe {self.name} ended with {code} and is started again ({len(self.restarts)})", flush=True)
         self.start()
         return False
-
-    @staticmethod
-    def killed(code: int) -> bool:
-        """A signal ended it or, behind a launcher, one of its ranks."""
-        return code < 0 or code in (1, 128 + signal.SIGKILL, 128 + signal.SIGTERM, 247, 250)
 
 
 def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -> int:
@@ -74,11 +72,18 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
         run = unused(run or Path("runs") / load(file, overrides).name)
     rundir, recipe = resolve_recipe(run, file, overrides)
     rundir.make()
-    workers = [
-        Worker("trainer", [sys.executable, "-m", "trainer", "--run", str(rundir.path)], rundir.logs / "trainer.log"),
-        Worker("sampler", [sys.executable, "-m", "sampler", "--run", str(rundir.path)], rundir.logs / "sampler.log"),
-    ]
     print(f"run directory {rundir.path}; logs in {rundir.logs}", flush=True)
+    prepare(recipe)
+    gpus = share_gpus(recipe.sampler.gpus, recipe.trainer.gpus, visible_gpus())
+    workers = [
+        Worker(
+            name,
+            [sys.executable, "-m", name, "--run", str(rundir.path)],
+            rundir.logs / f"{name}.log",
+            {"CUDA_VISIBLE_DEVICES": ",".join(gpus[name])} if gpus else {},
+        )
+        for name in ("trainer", "sampler")
+    ]
     stopping: list[bool] = []
     on_stop_signal(lambda: stopping.append(True))
     progress = Progress(rundir, recipe)
@@ -94,7 +99,7 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
     finally:
         for worker in workers:
             if worker.process:
-                end_worker(worker)
+                end(worker.process, GRACE_S)
     if stopping:
         print(f"stopped; continue with: python -m launch {file} --run {rundir.path}", flush=True)
         return 130
@@ -102,17 +107,12 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
     return conclude(rundir, recipe, progress, time.monotonic() - began)
 
 
-def end_worker(worker: Worker) -> None:
-    assert worker.process is not None
-    signal_group(worker.process, signal.SIGTERM)
-    end(worker.process, GRACE_S)
-
-
 def conclude(rundir: RunDir, recipe: Recipe, progress: Progress, seconds: float) -> int:
     """The summary: curve, model, the command that talks to it, and the one last line."""
     curve = draw_curve(rundir, recipe)
     model = listed(rundir.snapshots)[-1]
-    print(f"curve    {curve}\nmodel    {model}\ntalk     python -m launch chat {rundir.path}", flush=True)
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    print(f"curve    {curve}\nmodel    {model}\ntalk     {python} -m launch chat {rundir.path}", flush=True)
     before, after = progress.exam(first=True), progress.exam(first=False)
     if not before or not after or before is after:
         print(f"{recipe.name}: {recipe.trainer.steps} steps, {duration(seconds)}", flush=True)
@@ -136,8 +136,29 @@ def unused(path: Path) -> Path:
     return candidate
 
 
-def last_words(log: Path) -> str:
-    """The last `error: ...` line, else the last line."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "error:" in line.lower()]
-    return (errors or lines or ["it said nothing"])[-1].strip()
+def last_words(log: Path, offset: int) -> str:
+    """What the worker said last: our own one-line `error: ...`, else an exception's line, else the last line."""
+    with log.open("rb") as file:
+        file.seek(offset)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("error: ")]
+    exceptions = [line for line in lines if re.match(r"(\[rank\d+\]: )?\w+(\.\w+)*Error\b", line)]
+    return (ours or exceptions or lines or ["it said nothing"])[-1]
+
+
+def prepare(recipe: Recipe) -> None:
+    """Fetches or converts the model once, before two workers would wait for it in silence. Raises UserError."""
+    print("preparing the model (the first time it is fetched)", flush=True)
+    from policy.model import locate
+
+    locate(recipe.model)
+
+
+def share_gpus(samplers: int, ranks: int, visible: list[str]) -> dict[str, list[str]]:
+    """GPUs for each worker, the sampler's first; where there are too few, both share all. {} without GPUs."""
+    if not visible:
+        return {}
+    if samplers + ranks <= len(visible):
+        return {"sampler": visible[:samplers], "trainer": visible[samplers : samplers + ranks]}
+    print(f"{samplers + ranks} GPUs asked for, {len(visible)} there: sampler and trainer share them", flush=True)
+    return {"sampler": visible[:samplers], "trainer": visible[:ranks]}

@@ -13,7 +13,7 @@ import sys
 import time
 
 from protocol.cli import exit_with, parser
-from protocol.process import end, on_stop_signal, start
+from protocol.process import end, on_stop_signal, start, visible_gpus
 from protocol.recipe import Recipe
 from protocol.rundir import RunDir, resolve_recipe
 
@@ -43,7 +43,7 @@ def supervise(rundir: RunDir, recipe: Recipe) -> int:
     """Runs the engines' processes until all have ended. Returns the first exit code that is not 0."""
     width = recipe.sampler.tensor_parallel
     count = recipe.sampler.gpus // width
-    visible = visible_gpus(recipe.sampler.gpus)
+    visible = visible_gpus()[: recipe.sampler.gpus]
     print(f"sampler: {count} engines ({'GPUs ' + ','.join(visible) if visible else 'CPU processes'})", flush=True)
     command = [sys.executable, "-m", "sampler", "--run", str(rundir.path), *sys.argv[1:]]
     children: list[subprocess.Popen] = []
@@ -71,18 +71,6 @@ def wait(children: list[subprocess.Popen]) -> int:
         if None not in codes:
             return 0
         time.sleep(0.2)
-
-
-def visible_gpus(wanted: int) -> list[str]:
-    """The ids of the GPUs to use; empty on a machine without any."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [gpu for gpu in listed.split(",") if gpu and gpu != "-1"][:wanted]
-    try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return [str(index) for index in range(found.count("GPU "))][:wanted]
 
 
 def cpu_environment(recipe: Recipe, engines: int) -> dict[str, str]:

@@ -103,8 +103,8 @@ def nothing_stays():
         process.wait()
 
 
-def sampler(run: Path, recipe: Path | None = None) -> subprocess.Popen:
-    options = ["--recipe", str(recipe)] if recipe else []
+def sampler(run: Path, recipe: Path | None = None, *more: str) -> subprocess.Popen:
+    options = [*more, *(["--recipe", str(recipe)] if recipe else [])]
     return start(sys.executable, "-m", "sampler", "--run", str(run), *options, log=run.with_suffix(".sampler.log"))
 
 
@@ -260,16 +260,17 @@ def test_sigterm_saves_and_a_killed_sampler_is_replaced_without_loss(tmp_path):
 
 
 def test_gsm8k_with_adapters_in_bfloat16(tmp_path):
-    """Real problems, LoRA, ZeRO 2: adapters reach vLLM, the base model is the reference."""
+    """Real problems, LoRA, ZeRO 2, two engines: adapters reach vLLM, the base model is the reference."""
     if not GSM8K.exists():
         pytest.skip("GSM8K is not at hand (../shared/data/gsm8k/train.jsonl)")
     extra = "[lora]\nrank = 8\nalpha = 16\n"
     recipe, run = make_recipe(tmp_path, "bfloat16", str(GSM8K), extra), tmp_path / "run"
     text = recipe.read_text().replace("max_prompt_tokens = 400", "max_prompt_tokens = 900")
     recipe.write_text(text.replace("[trainer]", "[trainer]\nzero_stage = 2"))
-    samples, trains = sampler(run, recipe), deepspeed(run, recipe)
+    samples, trains = sampler(run, recipe, "--gpus", "2"), deepspeed(run, recipe)
     assert finished(trains, run) == 0, run.with_suffix(".trainer.log").read_text()[-3000:]
     assert finished(samples, run, 60) == 0, run.with_suffix(".sampler.log").read_text()[-3000:]
+    assert steps(run)[-1]["samplers"] == 2
     assert steps(run)[0]["kl"] == 0.0
     assert steps(run)[-1]["kl"] > 0.0
     assert all(record["sampling/sampling_logp_difference/mean"] < 0.1 for record in steps(run))
@@ -288,6 +289,21 @@ def test_the_launcher_runs_a_recipe_from_start_to_summary(tmp_path, capsys, monk
     assert no_engine_left(run)
 
 
+def test_ctrl_c_once_saves_ends_everything_and_the_same_command_goes_on(tmp_path):
+    recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    command = [sys.executable, "-m", "launch", str(recipe), "--run", str(run)]
+    first = start(*command, log=tmp_path / "launch.log")
+    wait_for(lambda: len(steps(run)) >= 1, first, run)
+    first.send_signal(signal.SIGINT)  # the terminal's own; workers live in sessions of their own
+    assert first.wait(60) == 130
+    assert no_engine_left(run)
+    done = len(steps(run))
+    assert int(listed(run / "checkpoints")[-1].name[1:9]) == done
+    assert start(*command, log=tmp_path / "launch.log").wait(240) in (0, 1)
+    assert audit(run) == list(range(24))
+    assert no_engine_left(run)
+
+
 def audit(run: Path) -> list[int]:
     """Ids trained in the history that leads to the end: the last record of a step is the one that counts."""
     history = {record["step"]: record["groups"] for record in steps(run)}
@@ -303,6 +319,6 @@ def wait_for(condition, process: subprocess.Popen, run: Path) -> None:
     deadline = time.monotonic() + 200
     while not condition():
         if time.monotonic() > deadline or process.poll() is not None:
-            logs = [run.with_suffix(f".{name}.log").read_text()[-2000:] for name in ("trainer", "sampler")]
-            pytest.fail("\n".join(logs))
+            logs = [*run.parent.glob("*.log"), *run.glob("logs/*.log")]
+            pytest.fail("\n".join(log.read_text()[-2000:] for log in logs))
         time.sleep(0.1)

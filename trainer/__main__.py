@@ -31,11 +31,23 @@ def main() -> int:
 def launch(gpus: int, rundir: RunDir) -> int:
     """Becomes DeepSpeed's launcher, which starts this module once for each rank."""
     print(f"trainer: {gpus} ranks (GPUs; on a machine without any: processes)", flush=True)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = ["--num_gpus", str(gpus), "--master_port", str(port), "--module", "trainer", "--run", str(rundir.path)]
-    os.execv(sys.executable, [sys.executable, "-m", "deepspeed.launcher.runner", *arguments])
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *placement(gpus, visible), "--master_port", str(port)]
+    os.execv(sys.executable, [*command, "--module", "trainer", "--run", str(rundir.path)])
+
+
+def placement(gpus: int, visible: str) -> list[str]:
+    """The launcher's words for `gpus` ranks. With a number it would forget CUDA_VISIBLE_DEVICES and take the first.
+
+    Fewer visible GPUs than ranks: ranks share them, over gloo.
+    """
+    devices = [device for device in visible.split(",") if device.isdigit()]
+    if len(devices) < gpus:
+        return ["--num_gpus", str(gpus)]
+    return ["--include", f"localhost:{','.join(devices[:gpus])}"]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Ranks:
     def __init__(self, backend: str, threads: int) -> None:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        self.backend = choose_backend(backend)
+        self.backend = choose_backend(backend, local_world)
         if torch.cuda.is_available():
             self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
@@ -77,13 +77,13 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def choose_backend(wanted: str) -> str:
-    """`auto`: nccl on GPUs, except on virtual ones, where it cannot work; else gloo."""
+def choose_backend(wanted: str, local_world: int) -> str:
+    """`auto`: nccl on GPUs, except on virtual ones and where ranks share one, where it cannot work; else gloo."""
     if wanted == "nccl" and not (torch.cuda.is_available() and dist.is_nccl_available()):
         raise UserError("trainer.backend = 'nccl' needs NVIDIA GPUs and a torch built for them; use 'gloo' or 'auto'")
     if wanted != "auto":
         return wanted
-    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+    if not dist.is_nccl_available() or torch.cuda.device_count() < local_world:
         return "gloo"
     name = torch.cuda.get_device_name()
     if "GRID" in name or "vGPU" in name:
