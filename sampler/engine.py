@@ -26,7 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from policy.canary import TOLERANCE, mean_gap
+from policy.canary import LENGTH, TOLERANCE, mean_gap
 from protocol.errors import EngineDead, WrongWeights
 from protocol.messages import Pulse, Span
 from protocol.recipe import Recipe
@@ -58,6 +58,8 @@ class Engine:
         self.snapshot: str | None = None
         self.tokens = 0
         self._wanted: Pulse | None = None
+        self._applied: str | None = None
+        """Weights that the engine computes with; its prefix cache is kept apart by them."""
         self._loading = asyncio.Lock()
         self._verified = asyncio.Event()
         self._previous: list[list[float]] | None = None
@@ -98,9 +100,15 @@ class Engine:
         async with self._loading:
             if self.snapshot == pulse.snapshot or self._wanted != pulse:
                 return
-            path = self._snapshots / pulse.snapshot
-            sealed = await asyncio.to_thread(open_sealed, path, pulse.manifest_sha256, None, PATIENCE_S)
-            await self._swap(sealed, pulse)
+            try:
+                path = self._snapshots / pulse.snapshot
+                sealed = await asyncio.to_thread(open_sealed, path, pulse.manifest_sha256, None, PATIENCE_S)
+                await self._swap(sealed, pulse)
+            except Corrupt:
+                if self._wanted == pulse:
+                    raise
+                log.warning("%s went away while it was read; a newer one follows", pulse.snapshot)
+                return
             await self._check(sealed)
             self.snapshot = pulse.snapshot
             self._verified.set()
@@ -111,7 +119,7 @@ class Engine:
         try:
             last = None
             async for output in self._llm.generate(
-                {"prompt_token_ids": tokens, "cache_salt": self._wanted.snapshot if self._wanted else None},
+                {"prompt_token_ids": tokens, "cache_salt": self._applied},
                 parameters,
                 request_id=uuid.uuid4().hex,
                 lora_request=self._adapter,
@@ -123,12 +131,13 @@ class Engine:
 
     async def _swap(self, sealed: Sealed, pulse: Pulse) -> None:
         """Reads while the engine runs, then switches between two tokens; running requests keep their KV cache."""
-        self._verified.clear()
         try:
             apply = await self._read(sealed, pulse)
+            self._verified.clear()
             await self._llm.pause_generation(mode="keep", clear_cache=False)
             await apply()
             await self._llm.update_weight_version(pulse.snapshot)
+            self._applied = pulse.snapshot
             await self._llm.resume_generation()
         except EngineDeadError as error:
             raise EngineDead(f"vLLM died while loading {pulse.snapshot}: {error}") from error
@@ -205,7 +214,7 @@ def engine_arguments(recipe: Recipe, directory: Path, gpu: bool, seed: int) -> d
         "model": str(directory),
         "dtype": recipe.model.dtype,
         "seed": seed,
-        "max_model_len": recipe.data.max_prompt_tokens + sampling.max_tokens,
+        "max_model_len": max(2 * LENGTH, recipe.data.max_prompt_tokens + sampling.max_tokens),
         "max_num_seqs": sampler.max_running,
         "tensor_parallel_size": sampler.tensor_parallel,
         "logprobs_mode": "processed_logprobs",

@@ -12,7 +12,7 @@ import torch
 from policy.agreement import agree
 from policy.model import load_tokenizer, locate
 from protocol.cli import log_to_console
-from protocol.errors import RunError, UserError
+from protocol.errors import RunError
 from protocol.keys import Keys, open_keys
 from protocol.messages import Agreement, DataSet, Split
 from protocol.metrics import MetricsWriter
@@ -48,8 +48,8 @@ def run(rundir: RunDir, recipe: Recipe, index: int) -> int:
     show(prompts["train"][0], tokenizer)
     try:
         asyncio.run(serve(rundir, recipe, keys, directory, agreement, prompts, index))
-    except* RunError as group:
-        raise first_cause(group) from None
+    except BaseExceptionGroup as group:
+        raise first_cause(group) from group
     return 0
 
 
@@ -96,14 +96,12 @@ async def serve(
         await sample(session, engine, answerer)
 
 
-def first_cause(group: BaseExceptionGroup) -> RunError:
-    """Of several failures at once, the first that is one of ours."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            return first_cause(error)
-        if isinstance(error, RunError):
-            return error
-    return UserError(str(group))
+def first_cause(group: BaseExceptionGroup) -> BaseException:
+    """Of tasks that failed together, the first expected failure; the group itself where there is none."""
+    ours, _ = group.split(RunError)
+    while isinstance(ours, BaseExceptionGroup):
+        ours = ours.exceptions[0]
+    return ours or group
 
 
 def versions() -> dict[str, str]:

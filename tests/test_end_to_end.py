@@ -304,6 +304,25 @@ def test_ctrl_c_once_saves_ends_everything_and_the_same_command_goes_on(tmp_path
     assert no_engine_left(run)
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.path=/no/such/model", "is no directory"),
+        ('data.train="/no/such.jsonl"', "cannot read the data set"),
+        ('reward=[{function="/no/such.py:reward"}]', "/no/such.py"),
+        ('reward=[{function="gsm8k", options={corect=1.0}}]', "corect"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(tmp_path, override, says):
+    recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    command = [sys.executable, "-m", "sampler", "--run", str(run), "--recipe", str(recipe), "--set", override]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and says in errors[0], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and "EngineCore" not in done.stdout + done.stderr
+
+
 def audit(run: Path) -> list[int]:
     """Ids trained in the history that leads to the end: the last record of a step is the one that counts."""
     history = {record["step"]: record["groups"] for record in steps(run)}
