@@ -17,8 +17,8 @@ from protocol.resolve import load
 from protocol.rundir import RunDir, resolve_recipe
 from protocol.snapshot import listed
 
-GRACE_S = 40.0
-"""For the trainer's last checkpoint."""
+GRACE_S = 600.0
+"""For the trainer's last checkpoint; a second Ctrl-C does not wait for it."""
 RESTART = {71, 73}
 """Exit codes of expected failures after which a worker is started again, as after a crash."""
 MAX_RESTARTS, WINDOW_S = 5, 600.0
@@ -46,12 +46,17 @@ class Worker:
             self.offset = log.tell()
             self.process = start(self.command, log=log, environment=self.environment)
 
-    def ended(self) -> bool:
-        """True when it ended well. Starts it again after a crash; raises after too many, or after a user's mistake."""
+    def ended(self, complete: bool) -> bool:
+        """True when it ended well in a complete run (DeepSpeed's launcher returns 0 after some crashes, too).
+
+        Starts it again after a crash; raises after too many of them, or after a user's mistake.
+        """
         assert self.process is not None
         code = self.process.poll()
-        if not code:
-            return code == 0
+        if code is None:
+            return False
+        if code == 0 and complete:
+            return True
         end(self.process, 0.0)  # nothing of the old one may be left beside the new one
         last = last_words(self.log, self.offset)
         if last.startswith("error: ") and code not in RESTART:  # behind DeepSpeed's launcher the code itself is lost
@@ -80,7 +85,7 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
             name,
             [sys.executable, "-m", name, "--run", str(rundir.path)],
             rundir.logs / f"{name}.log",
-            {"CUDA_VISIBLE_DEVICES": ",".join(gpus[name])} if gpus else {},
+            {"CUDA_VISIBLE_DEVICES": ",".join(gpus[name])} if name in gpus else {},
         )
         for name in ("trainer", "sampler")
     ]
@@ -90,8 +95,10 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
     try:
         for worker in workers:
             worker.start()
-        while not workers[0].ended() and not stopping:
-            workers[1].ended()
+        while not stopping:
+            complete = rundir.is_complete(recipe.trainer.steps)
+            if [worker.ended(complete) for worker in workers][0]:
+                break
             progress.show()
             time.sleep(0.5)
         if stopping:
@@ -161,4 +168,4 @@ def share_gpus(samplers: int, ranks: int, visible: list[str]) -> dict[str, list[
     if samplers + ranks <= len(visible):
         return {"sampler": visible[:samplers], "trainer": visible[samplers : samplers + ranks]}
     print(f"{samplers + ranks} GPUs asked for, {len(visible)} there: sampler and trainer share them", flush=True)
-    return {"sampler": visible[:samplers], "trainer": visible[:ranks]}
+    return {"sampler": visible[:samplers]}

@@ -24,7 +24,8 @@ PROTOCOL = 1
 """Both sides must speak the same version; there is no negotiation."""
 
 Text = Annotated[str, Meta(max_length=256)]
-Why = Annotated[str, Meta(max_length=4096)]
+MAX_WHY = 4096
+Why = Annotated[str, Meta(max_length=MAX_WHY)]
 Array = Annotated[bytes, Meta(max_length=32 << 20)]
 """A one-dimensional array as `codec.pack` wrote it."""
 Count = Annotated[int, Meta(ge=0)]

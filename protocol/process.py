@@ -49,13 +49,20 @@ def signal_group(process: subprocess.Popen, number: int) -> None:
 
 
 def group_alive(process: subprocess.Popen) -> bool:
-    """Whether any process of the session is left, its leader or not."""
+    """Whether any process of the session is left, its leader or not; one that nobody has reaped yet is not."""
     process.poll()
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return bool(members(process.pid))
+
+
+def members(group: int) -> list[int]:
+    """Living processes of a process group."""
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            fields = _stat(int(path.name))
+            if fields and fields[0] != "Z" and int(fields[2]) == group:
+                found.append(int(path.name))
+    return found
 
 
 def end(process: subprocess.Popen, grace_s: float) -> int:
@@ -106,15 +113,18 @@ def watch_ancestors(depth: int, orphaned: Callable[[], None]) -> None:
 
 def _ancestors(depth: int) -> list[int]:
     chain, pid = [], os.getpid()
-    for _ in range(depth):
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            return chain
+    while len(chain) < depth and pid > 1 and (fields := _stat(pid)):
+        pid = int(fields[1])
         chain.append(pid)
-        if pid <= 1:
-            break
     return chain
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, group, ... of a process; [] when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def visible_gpus() -> list[str]:

@@ -53,6 +53,8 @@ def check(recipe: Recipe) -> None:
             "trainer.zero_stage = 0 with model.dtype = 'bfloat16' is not exact in DeepSpeed (it takes one Adam step "
             "at start); use zero_stage = 1 or dtype = 'float32'"
         )
+    if recipe.lora.rank > 512:
+        raise UserError(f"lora.rank = {recipe.lora.rank}: vLLM serves adapters up to rank 512")
     if not recipe.reward:
         raise UserError("the recipe has no [[reward]]; name at least one function")
     if recipe.sampling.group_size == 1:

@@ -1,7 +1,7 @@
 """The run directory: where everything lies. It is all that two machines of one run need to share.
 
 recipe.toml  endpoint.json  keys/  incarnations/  snapshots/  checkpoints/
-metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  logs/  quarantine/
+metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  logs/
 """
 
 import os
@@ -107,10 +107,13 @@ class RunDir:
             raise Superseded(f"trainer incarnation {newest} took over {self.path}; this is {incarnation}: ending")
 
 
-def resolve_recipe(run: Path | None, recipe: Path | None, overrides: list[str]) -> tuple[RunDir, Recipe]:
+def resolve_recipe(
+    run: Path | None, recipe: Path | None, overrides: list[str], keep: bool = True
+) -> tuple[RunDir, Recipe]:
     """What `--run`, `--recipe` and `--set` mean together; the resolved recipe is kept in the run directory.
 
-    A run that has a recipe keeps it: a different one is refused, with the difference named.
+    A run that has a recipe keeps what its history hangs on: another one is refused, with the difference named. The
+    other settings may change; the one who starts the run writes them (keep), one who joins it does not.
     """
     kept = run / "recipe.toml" if run else None
     if kept and kept.exists():
@@ -119,12 +122,13 @@ def resolve_recipe(run: Path | None, recipe: Path | None, overrides: list[str]) 
             return RunDir(run), previous
         wanted = load(recipe or kept, overrides)
         _refuse_if_different(run, previous, wanted)
-        write_atomic(kept, dump(wanted).encode())
+        if keep:
+            write_atomic(kept, dump(wanted).encode())
         return RunDir(run), wanted
     resolved = load(recipe, overrides)
     rundir = RunDir(run or Path("runs") / resolved.name)
     if not run and rundir.recipe.exists():
-        return resolve_recipe(rundir.path, recipe, overrides)
+        return resolve_recipe(rundir.path, recipe, overrides, keep)
     rundir.make()
     write_atomic(rundir.recipe, dump(resolved).encode())
     return rundir, resolved

@@ -163,9 +163,13 @@ def open_sealed(path: Path, sha256: str | None = None, key: bytes | None = None,
 
 
 def listed(parent: Path) -> list[Path]:
-    """Sealed directories, oldest step first; anything without a manifest is not one."""
+    """Sealed directories, oldest first: by incarnation, then step, because a restarted trainer goes back in steps.
+
+    Anything without a manifest is not one.
+    """
     found = [path for path in parent.iterdir() if re.fullmatch(r"[sc]\d{8,}\.i\d{4,}", path.name)]
-    return sorted((path for path in found if (path / "manifest.json").exists()), key=lambda path: path.name)
+    sealed = [path for path in found if (path / "manifest.json").exists()]
+    return sorted(sealed, key=lambda path: tuple(map(int, reversed(path.name[1:].split(".i")))))
 
 
 def remove(path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 
 from protocol.cli import exit_with, parser
+from protocol.errors import UserError
 from protocol.process import end, on_stop_signal, start, visible_gpus
 from protocol.recipe import Recipe
 from protocol.rundir import RunDir, resolve_recipe
@@ -28,7 +29,7 @@ def main() -> int:
     options = flags.parse_args()
     asked = {"gpus": options.gpus, "tensor_parallel": options.tensor_parallel}
     overrides = options.overrides + [f"sampler.{key}={value}" for key, value in asked.items() if value is not None]
-    rundir, recipe = resolve_recipe(options.run, options.recipe, overrides)
+    rundir, recipe = resolve_recipe(options.run, options.recipe, overrides, keep=False)
     if REPLICA in os.environ:
         from sampler.replica import run  # torch and vllm, only now
 
@@ -44,6 +45,8 @@ def supervise(rundir: RunDir, recipe: Recipe) -> int:
     width = recipe.sampler.tensor_parallel
     count = recipe.sampler.gpus // width
     visible = visible_gpus()[: recipe.sampler.gpus]
+    if 0 < len(visible) < recipe.sampler.gpus:
+        raise UserError(f"{recipe.sampler.gpus} GPUs asked for, {len(visible)} visible; use --gpus {len(visible)}")
     print(f"sampler: {count} engines ({'GPUs ' + ','.join(visible) if visible else 'CPU processes'})", flush=True)
     command = [sys.executable, "-m", "sampler", "--run", str(rundir.path), *sys.argv[1:]]
     children: list[subprocess.Popen] = []

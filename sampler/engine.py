@@ -35,6 +35,8 @@ from sampler.worker import SAMPLER_PID
 
 log = logging.getLogger(__name__)
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can be told to be ready for."""
 PATIENCE_S = 120.0
 """How long a network filesystem may take to show a snapshot that was announced."""
 
@@ -130,7 +132,7 @@ class Engine:
         return last
 
     async def _swap(self, sealed: Sealed, pulse: Pulse) -> None:
-        """Reads while the engine runs, then switches between two tokens; running requests keep their KV cache."""
+        """Reads first, then switches between two tokens; running requests keep their KV cache."""
         try:
             apply = await self._read(sealed, pulse)
             self._verified.clear()
@@ -147,7 +149,9 @@ class Engine:
         if sealed.manifest.kind == "adapter":
             files = {name: await asyncio.to_thread(sealed.read, name) for name in sealed.manifest.files}
             return lambda: self._apply_adapter(files)
-        arguments = (str(sealed.path), pulse.manifest_sha256, PATIENCE_S)
+        for name in sealed.manifest.files:  # the waiting for a slow disk happens here, while the engine samples
+            await asyncio.to_thread(sealed.read, name)
+        arguments = (str(sealed.path), pulse.manifest_sha256)
         problems = [problem for problem in await self._llm.collective_rpc("read_snapshot", args=arguments) if problem]
         if problems:
             raise Corrupt(problems[0])
@@ -230,7 +234,11 @@ def engine_arguments(recipe: Recipe, directory: Path, gpu: bool, seed: int) -> d
     else:  # the CPU backend takes blocks of 32 tokens and multiples; its default is too long to share short prompts
         arguments |= {"kv_cache_memory_bytes": int(sampler.cpu_kv_cache_gb * 2**30), "block_size": 32}
     if lora.rank:
-        arguments |= {"enable_lora": True, "max_lora_rank": max(8, lora.rank), "max_loras": 1}
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": next(size for size in LORA_RANKS if size >= lora.rank),
+            "max_loras": 1,
+        }
     return arguments
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from protocol.messages import Failure, Lease, Pulse, Split
+from protocol.messages import MAX_WHY, Failure, Lease, Pulse, Split
 from sampler.answer import Answerer
 from sampler.engine import Engine
 from sampler.rewards.pool import RewardFailed
@@ -25,7 +25,9 @@ async def sample(session: Session, engine: Engine, answerer: Answerer) -> None:
         try:
             await session.answer(await answerer.group(split, group_id, row))
         except RewardFailed as failure:
-            await session.answer(Failure(session=session.name, split=split, group_id=group_id, why=str(failure)))
+            await session.answer(
+                Failure(session=session.name, split=split, group_id=group_id, why=str(failure)[:MAX_WHY])
+            )
 
     async with asyncio.TaskGroup() as tasks:
         running: set[asyncio.Task] = set()

@@ -97,6 +97,8 @@ def test_an_unsound_answer_is_tried_again_and_its_sender_sent_away_in_the_end(de
         [ack, *_] = said(desk.on(b"p", wrong, 2.0))
         assert ack.status == "invalid" and "reward" in ack.why, number
     assert said(desk.on(b"p", beat(), 3.0)) == [Who()]
+    [answer] = said(desk.on(b"p", HELLO, 3.0))
+    assert isinstance(answer, Rejection) and "unsound" in answer.why
 
 
 def test_silence_frees_the_leases_for_others(desk):

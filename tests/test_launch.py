@@ -11,7 +11,7 @@ import pytest
 
 from launch.local import MAX_RESTARTS, CrashLoop, Worker, last_words, share_gpus, unused
 from launch.progress import Progress, duration
-from protocol.errors import RunError
+from protocol.errors import RunError, UserError
 from protocol.intervals import wilson
 from protocol.metrics import MetricsWriter
 from protocol.process import end, start
@@ -28,24 +28,30 @@ def worker(tmp_path: Path, script: str) -> Worker:
 
 def until_it_ends(one: Worker) -> bool:
     one.process.wait()
-    return one.ended()
+    return one.ended(complete=True)
 
 
 def test_sampler_and_trainer_get_gpus_of_their_own_or_share_what_is_there():
     assert share_gpus(1, 2, ["0", "1", "2"]) == {"sampler": ["0"], "trainer": ["1", "2"]}
     assert share_gpus(1, 2, ["3", "5", "6", "7"]) == {"sampler": ["3"], "trainer": ["5", "6"]}
-    assert share_gpus(1, 2, ["0"]) == {"sampler": ["0"], "trainer": ["0"]}
+    assert share_gpus(1, 2, ["0"]) == {"sampler": ["0"]}
     assert share_gpus(1, 2, []) == {}
 
 
 def test_the_launcher_of_deepspeed_is_told_which_gpus():
     """With a number of GPUs it would forget CUDA_VISIBLE_DEVICES and take the sampler's."""
     assert placement(2, "1,2") == ["--include", "localhost:1,2"]
-    assert placement(2, "") == placement(2, "0") == ["--num_gpus", "2"]
+    assert placement(2, "") == ["--num_gpus", "2"]
+    for wrong in ("3", "GPU-8f1c,GPU-77aa"):
+        with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
+            placement(2, wrong)
 
 
-def test_a_worker_that_ends_well_has_ended(tmp_path):
-    assert until_it_ends(worker(tmp_path, "pass")) is True
+def test_a_worker_that_ends_well_has_ended_only_when_the_run_is_complete(tmp_path):
+    one = worker(tmp_path, "pass")
+    one.process.wait()
+    assert one.ended(complete=False) is False  # started again: DeepSpeed's launcher returns 0 after some crashes
+    assert until_it_ends(one) is True
 
 
 @pytest.mark.parametrize("death", ["os.kill(os.getpid(), 9)", "1 / 0", "sys.exit(71)"])

@@ -70,6 +70,24 @@ def test_the_oldest_token_of_a_group_decides():
     assert book.offer(answer(book, 0, step=0)) == "stale"
 
 
+def test_a_step_waits_for_slow_answers_that_it_would_make_too_old():
+    """Else slow groups would be dropped and sampled again for ever, and only short answers trained."""
+    book = ledger()
+    book.grant("a", snapshot_id(0, 1), 4, 0.0)
+    for group_id in (2, 3):
+        book.offer(answer(book, group_id))
+    taken = book.take(2)
+    assert [group.group_id for group in taken] == [2, 3]  # 0 and 1 may still be trained by the next step
+    book.commit(1)
+    book.publish(snapshot_id(1, 1))
+    assert len(book.grant("a", snapshot_id(1, 1), 4, 0.0)) == 2
+    for group_id in (4, 5):
+        book.offer(answer(book, group_id, step=1))
+    assert book.take(2) is None  # 0 and 1, sampled with step 0, would be too old after this step
+    assert [book.offer(answer(book, group_id)) for group_id in (0, 1)] == ["accepted", "accepted"]
+    assert [group.group_id for group in book.take(2)] == [0, 1]
+
+
 def test_a_group_counts_once_however_often_it_comes():
     book = ledger()
     book.grant("a", snapshot_id(0, 1), 4, 0.0)

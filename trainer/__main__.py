@@ -9,6 +9,7 @@ import socket
 import sys
 
 from protocol.cli import exit_with, parser
+from protocol.errors import UserError
 from protocol.rundir import RunDir, resolve_recipe
 
 
@@ -40,13 +41,12 @@ def launch(gpus: int, rundir: RunDir) -> int:
 
 
 def placement(gpus: int, visible: str) -> list[str]:
-    """The launcher's words for `gpus` ranks. With a number it would forget CUDA_VISIBLE_DEVICES and take the first.
-
-    Fewer visible GPUs than ranks: ranks share them, over gloo.
-    """
-    devices = [device for device in visible.split(",") if device.isdigit()]
-    if len(devices) < gpus:
+    """The launcher's words for `gpus` ranks. With a number it would forget CUDA_VISIBLE_DEVICES and take the first."""
+    if not visible:
         return ["--num_gpus", str(gpus)]
+    devices = visible.split(",")
+    if len(devices) < gpus or not all(device.isdigit() for device in devices):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: expected {gpus} GPU numbers, for example 0,1")
     return ["--include", f"localhost:{','.join(devices[:gpus])}"]
 
 

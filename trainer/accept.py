@@ -20,6 +20,9 @@ def problem(group: Group, *, completions: int, max_tokens: int, vocabulary: int,
             return f"{len(group.completions)} completions, expected {completions}"
         if not len(prompt) or not _tokens(prompt, vocabulary):
             return "prompt tokens are empty or outside the vocabulary"
+        names = {tuple(sorted(item.rewards)) for item in group.completions}
+        if len(names) != 1 or () in names:
+            return "completions name no reward functions, or different ones"
         problems = (_in_completion(item, max_tokens, vocabulary, reference) for item in group.completions)
         return next((found for found in problems if found), None)
     except Malformed as error:

@@ -42,6 +42,7 @@ class State(Struct, frozen=True, kw_only=True):
 
     step: int
     world: int
+    zero_stage: int
     inbox: dict
     model: str
     """Fingerprint of the model's configuration."""
@@ -91,6 +92,11 @@ class Checkpoints:
                 f"checkpoint {path} was written by {state.world} ranks, this trainer has {self._ranks.world}; "
                 f"start it with --num_gpus={state.world}"
             )
+        if state.zero_stage != policy.recipe.trainer.zero_stage:
+            raise UserError(
+                f"checkpoint {path} was written with trainer.zero_stage = {state.zero_stage}; "
+                f"DeepSpeed cannot load it with {policy.recipe.trainer.zero_stage}"
+            )
         if state.model != self._model:
             raise UserError(f"checkpoint {path} holds another model than recipe.model.path; use its own recipe")
         policy.load(Path(path), TAG)
@@ -98,7 +104,13 @@ class Checkpoints:
         return state
 
     def _seal(self, aside: Path, name: str, policy: Policy, inbox: Inbox) -> None:
-        state = State(step=policy.steps_done, world=self._ranks.world, inbox=inbox.state(), model=self._model)
+        state = State(
+            step=policy.steps_done,
+            world=self._ranks.world,
+            zero_stage=policy.recipe.trainer.zero_stage,
+            inbox=inbox.state(),
+            model=self._model,
+        )
         files: dict[str, File] = {"state.json": write_hashed(aside / "state.json", msgspec.json.encode(state))}
         files |= {f"{TAG}/{path.name}": hash_file(path) for path in sorted((aside / TAG).iterdir())}
         manifest = Manifest(

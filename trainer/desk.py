@@ -68,6 +68,8 @@ class Desk:
     samplers: dict[str, Sampler] = field(default_factory=dict)
     pulse: Pulse | None = None
     stop: Stop | None = None
+    banned: set[str] = field(default_factory=set)
+    """Sessions that were sent away."""
     counts: dict[str, int] = field(default_factory=dict)
     """Groups by the status they were acknowledged with, and other things worth a number."""
 
@@ -152,6 +154,8 @@ class Desk:
         return letters + [(peer, message) for message in (self.stop or self.pulse,) if message]
 
     def _disagreement(self, hello: Hello) -> str | None:
+        if hello.session in self.banned:
+            return f"it sent {MAX_INVALID} unsound groups; see the trainer's log"
         for name in self.agreement.__struct_fields__:
             ours, theirs = getattr(self.agreement, name), getattr(hello.agreement, name)
             if ours != theirs:
@@ -197,6 +201,7 @@ class Desk:
         if status not in ("accepted", "duplicate"):
             log.warning("%s group %d from %s: %s %s", group.split, group.group_id, group.session, status, why or "")
         if sampler.invalid >= MAX_INVALID:
+            self.banned.add(group.session)
             self._lose(group.session, f"sent {MAX_INVALID} unsound groups, the last one: {why}")
         return Ack(split=group.split, group_id=group.group_id, status=status, why=why or "")
 

@@ -94,9 +94,11 @@ class Policy:
         """Log-probs [n] under the current weights, without a gradient."""
         scorer = self._engine.module
         usual, scorer.temperature = scorer.temperature, temperature
+        self._engine.eval()
         try:
             return self._engine(packed.to(self._ranks.device))[0].cpu()
         finally:
+            self._engine.train()
             scorer.temperature = usual
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -126,9 +128,12 @@ class Policy:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {directory}")
         self.steps_done = state["steps_done"]
         torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def _client_state(self) -> dict:
-        return {"steps_done": self.steps_done, "rng": torch.get_rng_state()}
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return {"steps_done": self.steps_done, "rng": torch.get_rng_state(), "cuda_rng": cuda}
 
     def _gathered(self, parameter: Tensor) -> contextlib.AbstractContextManager:
         if self.recipe.trainer.zero_stage < 3:
@@ -183,7 +188,12 @@ def _settings(recipe: Recipe) -> dict:
         "gradient_clipping": recipe.optimizer.max_grad_norm,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": recipe.trainer.zero_stage, "overlap_comm": False},
+        # Under ZeRO 3 only norms and biases stay whole on every rank.
+        "zero_optimization": {
+            "stage": recipe.trainer.zero_stage,
+            "overlap_comm": False,
+            "stage3_param_persistence_threshold": 10_000,
+        },
         "communication_data_type": "fp32",
     }
     if recipe.model.dtype == "bfloat16":

@@ -23,6 +23,7 @@ MAX_TRIES = 5
 @dataclass(slots=True)
 class Lease:
     session: str
+    version: int
     granted: float
     deadline: float
 
@@ -71,7 +72,7 @@ class Ledger:
             group_id = self._next()
             if group_id is None:
                 break
-            self.leases[group_id] = Lease(session, now, now + self.lease_s)
+            self.leases[group_id] = Lease(session, version, now, now + self.lease_s)
             granted.append((group_id, self.row(group_id)))
         return granted
 
@@ -134,7 +135,13 @@ class Ledger:
     # -- what the trainer does -----------------------------------------------------------------------------------
 
     def take(self, count: int) -> list[Group] | None:
-        """The oldest `count` ready groups, none of them too stale; None until there are so many."""
+        """The oldest `count` ready groups, none of them too stale; None until there are so many.
+
+        Waits also for leases that a step begun now would make too stale: to drop what is slow and sample it anew
+        would waste it and, worse, prefer prompts with short answers.
+        """
+        if any(self.step + 1 - lease.version > self.max_staleness for lease in self.leases.values()):
+            return None
         for group_id, group in list(self.ready.items()):
             if self._staleness(group) > self.max_staleness:
                 del self.ready[group_id]

@@ -21,7 +21,7 @@ MAX_LOG_RATIO = 20.0
 
 def grpo(logprobs: Tensor, entropies: Tensor, micro: MicroBatch, objective: Objective) -> tuple[Tensor, dict]:
     """logprobs, entropies [n] float32 of `micro`'s tokens -> this micro-batch's share of the step's loss, and
-    detached sums over its tokens (`max/...`: maxima) that `summarize` turns into metrics."""
+    detached sums over its tokens (`max/...`: maxima; `sum/...`: no means) that `summarize` turns into metrics."""
     mask, advantages = micro.mask, micro.advantages
     log_mismatch = _log_ratio(logprobs.detach() - micro.sampler_logprobs, mask)
     if objective.recompute_old_logprobs:  # one step per batch: the policy before the step is this forward pass
@@ -42,7 +42,7 @@ def grpo(logprobs: Tensor, entropies: Tensor, micro: MicroBatch, objective: Obje
         loss = loss + objective.kl_beta * kl
         stats["kl"] = kl.detach() * mask
     total = (loss * mask).sum() / micro.denominator
-    stats["loss"] = total.detach() * mask.sum()
+    stats["sum/loss"] = total.detach()
     return total, {name: value.max() if name.startswith("max/") else value.sum() for name, value in stats.items()}
 
 
@@ -70,7 +70,8 @@ def _stats(log_mismatch: Tensor, entropies: Tensor, micro: MicroBatch) -> dict[s
 
 
 def summarize(sums: dict[str, float]) -> dict[str, float]:
-    """Sums over all tokens of all ranks -> means per token; maxima stay."""
+    """Sums over all tokens of all ranks -> means per token; maxima and totals stay."""
     tokens = max(sums.get("tokens", 0.0), 1.0)
-    means = {name: value / tokens for name, value in sums.items() if not name.startswith("max/") and name != "tokens"}
-    return means | {name.removeprefix("max/"): value for name, value in sums.items() if name.startswith("max/")}
+    whole = {name: value for name, value in sums.items() if name.startswith(("max/", "sum/"))}
+    means = {name: value / tokens for name, value in sums.items() if name not in whole and name != "tokens"}
+    return means | {name[4:]: value for name, value in whole.items()}

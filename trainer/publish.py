@@ -5,7 +5,6 @@ adapters it is the adapter alone. Weights that are not finite are never written.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,6 @@ from protocol.snapshot import (
 from trainer.engine import Policy
 
 SHARD_BYTES = 2 << 30
-ADAPTER = re.compile(r"(lora_[AB])\.default\.")
 
 
 class Publisher:

@@ -30,6 +30,7 @@ class Ranks:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
+            os.environ["LOCAL_RANK"] = str(self.device.index)  # DeepSpeed takes the device from here
         else:
             self.device = torch.device("cpu")
             # Two threads on one core spin against each other: a step took 41 s instead of 3.
