@@ -1,5 +1,6 @@
 """Talks to a trained model with transformers, in the form in which it was trained."""
 
+import re
 from pathlib import Path
 
 from protocol.errors import UserError
@@ -18,7 +19,8 @@ def talk(path: Path, question: str | None) -> int:
 
     tokenizer = load_tokenizer(locate(recipe.model) if recipe else model_directory)
     if (model_directory / "adapter_config.json").exists():
-        assert recipe is not None
+        if recipe is None:
+            raise UserError(f"{model_directory} is an adapter outside its run; name the run directory")
         model = load_model(locate(recipe.model), recipe.model.dtype)
         model.load_adapter(str(model_directory))
     else:
@@ -69,5 +71,5 @@ def rendered(question: str, recipe: Recipe | None) -> list[dict[str, str]]:
         return [{"role": "user", "content": question}]
     data = recipe.data
     system = [{"role": "system", "content": data.system}] if data.system else []
-    user = data.template.replace("{question}", question)
+    user = re.sub(r"\{\w+\}", lambda _: question, data.template)
     return [*system, *data.prefix, {"role": "user", "content": user}]

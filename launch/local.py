@@ -97,7 +97,8 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
             worker.start()
         while not stopping:
             complete = rundir.is_complete(recipe.trainer.steps)
-            if [worker.ended(complete) for worker in workers][0]:
+            trainer_ended, _ = [worker.ended(complete) for worker in workers]
+            if trainer_ended:
                 break
             progress.show()
             time.sleep(0.5)

@@ -19,7 +19,7 @@ class Progress:
         records = read_metrics(self._file)
         steps = [record for record in records if record["kind"] == "step"]
         exams = [record for record in records if record["kind"] == "exam"]
-        if steps and (not exams or steps[-1]["time_s"] > exams[-1]["time_s"]):
+        if steps and records[-1]["kind"] == "step":
             text = self._step_line(steps)
         elif exams:
             exam = exams[-1]

@@ -74,7 +74,7 @@ class Beat(Message, frozen=True):
     snapshot: Text | None
     """Loaded and verified; None before the first one."""
     want: Count
-    """Groups that the engine could take on top of those it holds."""
+    """Completions that the engine could take on top of those it holds."""
     held: Annotated[list[tuple[Split, Count]], Meta(max_length=100_000)]
     """Leases being worked on or waiting for their ack; a lease missing here was lost."""
     progress: Count

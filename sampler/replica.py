@@ -26,9 +26,12 @@ from sampler.prompts import Prompt, load_prompts
 from sampler.prompts import fingerprint as prompts_fingerprint
 from sampler.reference import Reference
 from sampler.rewards.pool import RewardPool
-from sampler.session import Load, Session
+from sampler.session import Load, Session, Work
 
 log = logging.getLogger(__name__)
+
+REPORT_S = 10.0
+"""Between two records in metrics/sampler-*.jsonl."""
 
 
 def run(rundir: RunDir, recipe: Recipe, index: int) -> int:
@@ -74,14 +77,20 @@ async def serve(
             split: DataSet(rows=len(rows), fingerprint=prompts_fingerprint(rows)) for split, rows in prompts.items()
         }
         engine = Engine(recipe, directory, rundir.snapshots, gpu=gpu, seed=recipe.seed + index)
-        capacity = max(2, 2 * recipe.sampler.max_running // recipe.sampling.group_size)
+        size = {"train": recipe.sampling.group_size, "eval": recipe.eval.samples}
+
+        def load(held: set[Work]) -> Load:
+            """Twice what the engine decodes at a time: it never runs dry between two leases."""
+            free = max(2 * recipe.sampler.max_running, recipe.sampling.group_size) - sum(size[kind] for kind, _ in held)
+            return Load(engine.snapshot, max(0, free), engine.tokens)
+
         session = Session(
             rundir,
             keys,
             recipe,
             agreement,
             sets,
-            lambda held: Load(engine.snapshot, max(0, capacity - held), engine.tokens),
+            load,
             versions(),
         )
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -93,7 +102,24 @@ async def serve(
         reference = Reference(recipe, directory, "cuda" if gpu else "cpu") if needs_reference else None
         rollouts = stack.enter_context(MetricsWriter(rundir.rollouts / f"{session.name}.jsonl"))
         answerer = Answerer(recipe, session.name, agreement.vocabulary, prompts, engine, rewards, reference, rollouts)
-        await sample(session, engine, answerer)
+        metrics = stack.enter_context(MetricsWriter(rundir.metrics / f"sampler-{session.name}.jsonl"))
+        reporting = asyncio.create_task(report(metrics, engine, rewards))
+        try:
+            await sample(session, engine, answerer)
+        finally:
+            reporting.cancel()
+            metrics.write(figures(engine, rewards))
+
+
+async def report(metrics: MetricsWriter, engine: Engine, rewards: RewardPool) -> None:
+    while True:
+        await asyncio.sleep(REPORT_S)
+        metrics.write(figures(engine, rewards))
+
+
+def figures(engine: Engine, rewards: RewardPool) -> dict[str, object]:
+    """Counted since the start: tokens, and what became of each reward function's calls."""
+    return {"tokens": engine.tokens, "snapshot": engine.snapshot} | rewards.counters()
 
 
 def first_cause(group: BaseExceptionGroup) -> BaseException:

@@ -38,6 +38,9 @@ from protocol.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
+SAY_S = 30.0
+"""Between two lines that say what is waited for."""
+
 Work = tuple[Split, int]
 
 
@@ -51,7 +54,7 @@ class Load:
 
 
 class Session:
-    """sets: the two splits' rows. load: asked at every beat; `want` counts groups beyond those held."""
+    """sets: the two splits' rows. load: asked at every beat with the leases held, answers what the engine can take."""
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class Session:
         recipe: Recipe,
         agreement: Agreement,
         sets: dict[Split, DataSet],
-        load: Callable[[int], Load],
+        load: Callable[[set[Work]], Load],
         versions: dict[str, str],
     ) -> None:
         self._rundir, self._keys, self._load = rundir, keys, load
@@ -76,7 +79,6 @@ class Session:
         self._heard = self._beaten = time.monotonic()
         self._changed = asyncio.Event()
         self._stopped = False
-        self.counts: dict[str, int] = {}
 
     async def messages(self) -> AsyncIterator[Lease | Pulse]:
         """New leases and new weight notices, until the trainer says stop or `stop` is called.
@@ -151,7 +153,6 @@ class Session:
                 work = (message.split, message.group_id)
                 self._outbox.pop(work, None)
                 self._held.discard(work)
-                self.counts[message.status] = self.counts.get(message.status, 0) + 1
                 self._beaten = 0.0
             case Stop(final=True):
                 log.info("the trainer says that the run is complete")
@@ -173,7 +174,7 @@ class Session:
             self._greet = not await self._uplink.send(self._hello)
         if now - self._beaten >= self._network.beat_s:
             self._beaten = now
-            load = self._load(len(self._held))
+            load = self._load(self._held)
             held = sorted(self._held)
             beat = Beat(session=self.name, snapshot=load.snapshot, want=load.want, held=held, progress=load.progress)
             await self._uplink.send(beat)
@@ -200,9 +201,17 @@ class Session:
                 self._uplink = Uplink(self._keys, endpoint.address)
                 self._greet, self._connected = True, time.monotonic()
             else:
-                if time.monotonic() - self._heard > self._network.grace_s:
+                waited = time.monotonic() - self._heard
+                if waited > self._network.grace_s:
                     raise TrainerGone(f"no trainer appeared in {self._rundir.path}; start one with --run there")
+                self._say_that_it_waits(waited)
                 await asyncio.sleep(0.5)
+
+    def _say_that_it_waits(self, waited: float) -> None:
+        if waited > self._said + SAY_S:
+            self._said = waited
+            log.info("waiting for a trainer: python -m trainer --run %s", self._rundir.path)
 
     _greet = False
     _connected = 0.0
+    _said = 0.0

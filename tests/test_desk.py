@@ -37,7 +37,7 @@ def desk():
     return result
 
 
-def beat(session="one", snapshot=NEWEST, want=10, held=(), progress=0):
+def beat(session="one", snapshot=NEWEST, want=20, held=(), progress=0):
     return Beat(session=session, snapshot=snapshot, want=want, held=list(held), progress=progress)
 
 
@@ -83,7 +83,7 @@ def test_a_sampler_without_weights_gets_the_notice_and_no_lease(desk):
 
 def test_an_answer_is_acknowledged_and_the_place_filled_again(desk):
     desk.on(b"p", HELLO, 0.0)
-    desk.on(b"p", beat(want=1), 1.0)
+    desk.on(b"p", beat(want=2), 1.0)
     letters = desk.on(b"p", make_group(0, row=desk.train.row(0), snapshot=NEWEST), 2.0)
     assert said(letters)[0] == Ack(split="train", group_id=0, status="accepted")
     assert leased(letters) == [1]
@@ -92,7 +92,7 @@ def test_an_answer_is_acknowledged_and_the_place_filled_again(desk):
 def test_an_unsound_answer_is_tried_again_and_its_sender_sent_away_in_the_end(desk):
     desk.on(b"p", HELLO, 0.0)
     for number in range(MAX_INVALID):
-        letters = desk.on(b"p", beat(want=1), 1.0)
+        letters = desk.on(b"p", beat(want=2), 1.0)
         wrong = make_group((leased(letters) or [0])[0], rewards=[0.0, float("nan")], snapshot=NEWEST)
         [ack, *_] = said(desk.on(b"p", wrong, 2.0))
         assert ack.status == "invalid" and "reward" in ack.why, number

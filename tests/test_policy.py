@@ -80,6 +80,18 @@ def test_gradients_and_updates_do_not_depend_on_stage_ranks_or_rows(tiny, alone,
         assert other["weights"] == pytest.approx(one["weights"], rel=1e-6)
 
 
+def test_zero_3_partitions_an_output_layer_of_its_own(tmp_path):
+    """Untied: the head's weight is read outside its module, gathered for it, and published by its own name."""
+    untied = make_model(tmp_path / "untied", tie=False)
+    one = run(untied, tmp_path / "one", "trainer.zero_stage=1")
+    three = run(untied, tmp_path / "three", "trainer.zero_stage=3", "trainer.tokens_per_micro_batch=45", world=2)
+    for a, b in zip(one, three, strict=True):
+        gap = np.linalg.norm(np.subtract(a["gradient"], b["gradient"])) / np.linalg.norm(a["gradient"])
+        assert gap < 1e-6
+    newest = listed(tmp_path / "three" / "run" / "snapshots")[-1]
+    assert "lm_head.weight" in load_file(newest / "model.safetensors")
+
+
 def test_zero_0_in_float32_makes_the_same_update(tiny, alone, tmp_path):
     plain = run(tiny, tmp_path, "trainer.zero_stage=0", world=2)
     for one, other in zip(alone, plain, strict=True):

@@ -15,7 +15,7 @@ from protocol.messages import Agreement, DataSet, Lease, Pulse
 from protocol.resolve import load
 from protocol.rundir import Endpoint, RunDir
 from protocol.snapshot import snapshot_id
-from sampler.session import Load, Session
+from sampler.session import Load, Session, Work
 from tests.groups import make_group
 from trainer.desk import Desk
 from trainer.inbox import Inbox
@@ -116,8 +116,8 @@ class FakeEngine(threading.Thread):
                     self.answered.append(group_id)
                     await session.answer(group)
 
-    def _load(self, held: int) -> Load:
-        return Load(self.snapshot, max(0, 8 - held), len(self.answered))
+    def _load(self, held: set[Work]) -> Load:
+        return Load(self.snapshot, max(0, 16 - 2 * len(held)), len(self.answered))
 
 
 def train(inbox: Inbox, steps: int, incarnation: int = 1) -> list[int]:

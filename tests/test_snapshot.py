@@ -67,6 +67,14 @@ def test_a_directory_without_a_manifest_is_no_snapshot(tmp_path):
     assert snapshot.listed(tmp_path) == []
 
 
+def test_a_restarted_trainers_snapshots_are_newer_than_those_of_the_history_it_left(tmp_path):
+    """Else it would prune what it has just announced, and talk to weights that were rolled back."""
+    for name in ("s00000037.i0001", "s00000020.i0002", "s00000021.i0002", "s00000009.i0001"):
+        publish(tmp_path, name)
+    names = [path.name for path in snapshot.listed(tmp_path)]
+    assert names == ["s00000009.i0001", "s00000037.i0001", "s00000020.i0002", "s00000021.i0002"]
+
+
 def test_an_id_is_never_used_twice(tmp_path):
     publish(tmp_path)
     with pytest.raises(StorageError):

@@ -4,12 +4,17 @@ deepspeed --num_gpus=2 --module trainer --run runs/demo
 python -m trainer --gpus 2 --run runs/demo        the same, through DeepSpeed's launcher
 """
 
+import contextlib
 import os
+import signal
 import socket
 import sys
+import time
+from pathlib import Path
 
 from protocol.cli import exit_with, parser
 from protocol.errors import UserError
+from protocol.process import group_alive, members, on_stop_signal, start
 from protocol.rundir import RunDir, resolve_recipe
 
 
@@ -30,14 +35,29 @@ def main() -> int:
 
 
 def launch(gpus: int, rundir: RunDir) -> int:
-    """Becomes DeepSpeed's launcher, which starts this module once for each rank."""
+    """Has DeepSpeed's launcher start this module once for each rank, and stays to end them well.
+
+    The launcher dies at the first signal, and kills its ranks after 30 s each: a stop goes to the ranks alone.
+    """
     print(f"trainer: {gpus} ranks (GPUs; on a machine without any: processes)", flush=True)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *placement(gpus, visible), "--master_port", str(port)]
-    os.execv(sys.executable, [*command, "--module", "trainer", "--run", str(rundir.path)])
+    launcher = start([*command, "--module", "trainer", "--run", str(rundir.path)])
+    on_stop_signal(lambda: stop_ranks(launcher.pid))
+    while group_alive(launcher):
+        time.sleep(0.2)
+    code = launcher.wait()
+    return code if code >= 0 else 128 - code
+
+
+def stop_ranks(group: int) -> None:
+    for pid in members(group):
+        with contextlib.suppress(OSError):  # one that just ended
+            if b"--local_rank=" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGTERM)
 
 
 def placement(gpus: int, visible: str) -> list[str]:

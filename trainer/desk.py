@@ -181,8 +181,8 @@ class Desk:
         ledger, split = (self.exam, "eval") if self.exam else (self.train, "train")
         if sampler is None or ledger is None or self.stop:
             return []
-        items = ledger.grant(session, sampler.snapshot, sampler.want, now)
-        sampler.want -= len(items)
+        items = ledger.grant(session, sampler.snapshot, sampler.want // self._size(split), now)
+        sampler.want -= len(items) * self._size(split)
         return [(sampler.peer, Lease(split=split, items=items))] if items else []
 
     def _group(self, group: Group, sampler: Sampler) -> Ack:
@@ -196,7 +196,7 @@ class Desk:
             sampler.invalid += 1
         else:
             status = ledger.offer(group)
-        sampler.want += 1
+        sampler.want += self._size(group.split)
         self._count(f"{group.split}/{status}")
         if status not in ("accepted", "duplicate"):
             log.warning("%s group %d from %s: %s %s", group.split, group.group_id, group.session, status, why or "")
@@ -209,11 +209,15 @@ class Desk:
         recipe, training = self.recipe, group.split == "train"
         return problem(
             group,
-            completions=recipe.sampling.group_size if training else recipe.eval.samples,
+            completions=self._size(group.split),
             max_tokens=recipe.sampling.max_tokens,
             vocabulary=self.agreement.vocabulary,
             reference=training and recipe.objective.kl_beta > 0 and not recipe.lora.rank,
         )
+
+    def _size(self, split: Split) -> int:
+        """Completions of one of its groups."""
+        return self.recipe.sampling.group_size if split == "train" else self.recipe.eval.samples
 
     def _failure(self, failure: Failure) -> Ack:
         log.warning("%s group %d failed: %s", failure.split, failure.group_id, failure.why)
@@ -224,7 +228,7 @@ class Desk:
             if bad >= MAX_QUARANTINED and done < 10 * bad:
                 raise BrokenGroups(f"{bad} of {done} groups could not be answered, the last one: {failure.why}")
         self._count(f"{failure.split}/failed")
-        self.samplers[failure.session].want += 1
+        self.samplers[failure.session].want += self._size(failure.split)
         return Ack(split=failure.split, group_id=failure.group_id, status="failed", why=failure.why)
 
     def _lose(self, session: str, why: str) -> None:

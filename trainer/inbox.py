@@ -5,6 +5,7 @@ calls `take`, `commit`, `examine` and `state`. While rank 0 waits for samplers, 
 all-reduce every two seconds; that is also how a stop signal or a failure on one of them reaches all.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,10 @@ from protocol.messages import Group, Pulse, Stop
 from trainer.desk import Desk, Letters
 from trainer.ranks import Ranks
 
+log = logging.getLogger(__name__)
+
+SAY_S = 30.0
+"""Between two lines that say what is waited for."""
 TURN_S = 2.0
 """Between two meetings of the ranks while they wait."""
 
@@ -33,6 +38,7 @@ class Inbox:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="hub", daemon=True)
         self.waited_s = 0.0
+        self._said = 0.0
         self.exams = 0
 
     # -- the training thread, on every rank ----------------------------------------------------------------------
@@ -123,12 +129,16 @@ class Inbox:
         try:
             while True:
                 data = self._poll(ready)
-                stopping, size = self._ranks.max([self._stopping.is_set(), len(data or b"")])
-                self._raise_failure()
+                stopping, failed, size = self._ranks.max(
+                    [self._stopping.is_set(), self._failure is not None, len(data or b"")]
+                )
+                if failed:
+                    self._raise_failure()
                 if size:
                     return self._ranks.broadcast(data, size)
                 if stopping:
                     return None
+                self._say_what_is_missing(start)
         finally:
             self.waited_s += time.monotonic() - start
 
@@ -147,11 +157,17 @@ class Inbox:
                     break
         return None
 
+    def _say_what_is_missing(self, since: float) -> None:
+        if self._desk and time.monotonic() - max(since, self._said) > SAY_S:
+            self._said = time.monotonic()
+            log.info("waiting for groups from %d samplers: python -m sampler --run ...", len(self._desk.samplers))
+
     def _raise_failure(self) -> None:
         if isinstance(self._failure, RunError):
             raise self._failure
-        if self._failure is not None:
-            raise RuntimeError("the hub thread failed") from self._failure
+        if self._failure is None:
+            raise SystemExit(1)  # the first rank says why
+        raise RuntimeError("the hub thread failed") from self._failure
 
     def _announce(self) -> None:
         self._news = True
