@@ -1,8 +1,10 @@
 """Real vLLM: its log-probs are the trainer's, weights change under running requests, wrong weights never sample."""
 
 import asyncio
+import gc
 import shutil
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +78,8 @@ class Running:
             ],
         )
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
         self.engine = Engine(recipe, self.model, self.snapshots, gpu=False, seed=1)
         self.call(self.engine.__aenter__())
 
@@ -86,6 +89,12 @@ class Running:
     def close(self) -> None:
         self.call(self.engine.__aexit__())
         self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+        del self.engine
+        with warnings.catch_warnings():  # vLLM leaves a ZeroMQ context to the garbage collector
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 @pytest.fixture(scope="module")
