@@ -1,10 +1,8 @@
 """Real vLLM: its log-probs are the trainer's, weights change under running requests, wrong weights never sample."""
 
 import asyncio
-import gc
 import shutil
 import threading
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -91,10 +89,6 @@ class Running:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
-        del self.engine
-        with warnings.catch_warnings():  # vLLM leaves a ZeroMQ context to the garbage collector
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
 
 
 @pytest.fixture(scope="module")
