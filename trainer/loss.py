@@ -49,7 +49,7 @@ def grpo(logprobs: Tensor, entropies: Tensor, micro: MicroBatch, objective: Obje
 def k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """[n] non-negative, unbiased estimates of KL(policy || reference), 0 where masked."""
     log_ratio = _log_ratio(ref_logprobs - logprobs, mask)
-    return log_ratio.exp() - log_ratio - 1
+    return log_ratio.expm1() - log_ratio
 
 
 def _log_ratio(difference: Tensor, mask: Tensor) -> Tensor:
