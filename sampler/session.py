@@ -78,7 +78,8 @@ class Session:
         self._pulse: Pulse | None = None
         self._heard = self._beaten = time.monotonic()
         self._changed = asyncio.Event()
-        self._stopped = False
+        self._stopped = self._greet = False
+        self._connected = self._said = 0.0
 
     async def messages(self) -> AsyncIterator[Lease | Pulse]:
         """New leases and new weight notices, until the trainer says stop or `stop` is called.
@@ -211,7 +212,3 @@ class Session:
         if waited > self._said + SAY_S:
             self._said = waited
             log.info("waiting for a trainer: python -m trainer --run %s", self._rundir.path)
-
-    _greet = False
-    _connected = 0.0
-    _said = 0.0

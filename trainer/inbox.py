@@ -37,6 +37,7 @@ class Inbox:
         self._closing = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="hub", daemon=True)
+        self._news = False
         self.waited_s = 0.0
         self._said = 0.0
         self.exams = 0
@@ -201,7 +202,6 @@ class Inbox:
                 self._changed.notify_all()
 
     def __enter__(self) -> Self:
-        self._news = False
         if self._desk:
             self._thread.start()
         return self
