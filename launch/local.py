@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.curve import draw_curve
 from launch.progress import Progress, duration
 from protocol.errors import RunError
+from protocol.failure import failure
 from protocol.process import end, on_stop_signal, start, visible_gpus
 from protocol.recipe import Recipe
 from protocol.resolve import load
@@ -19,13 +20,21 @@ from protocol.snapshot import listed
 
 GRACE_S = 600.0
 """For the trainer's last checkpoint; a second Ctrl-C does not wait for it."""
-RESTART = {71, 73}
-"""Exit codes of expected failures after which a worker is started again, as after a crash."""
+FINAL = {2, 3, 66, 69, 72, 74, 75, 76}
+"""Exit codes after which a new start would fail again."""
 MAX_RESTARTS, WINDOW_S = 5, 600.0
 
 
 class CrashLoop(RunError):
     exit_code = 70
+
+
+class Ended(RunError):
+    """A worker failed in a way that a new start does not mend; the launcher passes its exit code on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(slots=True)
@@ -34,6 +43,7 @@ class Worker:
 
     name: str
     command: list[str]
+    run: Path
     log: Path
     environment: dict[str, str]
     process: subprocess.Popen | None = None
@@ -58,9 +68,10 @@ class Worker:
         if code == 0 and complete:
             return True
         end(self.process, 0.0)  # nothing of the old one may be left beside the new one
-        last = last_words(self.log, self.offset)
-        if last.startswith("error: ") and code not in RESTART:  # behind DeepSpeed's launcher the code itself is lost
-            raise RunError(f"the {self.name} ended: {last.removeprefix('error: ')}; see {self.log}")
+        told = failure(self.run, self.name)  # behind DeepSpeed's launcher the exit code itself may be lost
+        code, last = told or (code, last_words(self.log, self.offset))
+        if code in FINAL:
+            raise Ended(f"the {self.name} ended: {last.removeprefix('error: ')}; see {self.log}", code)
         now = time.monotonic()
         self.restarts = [then for then in self.restarts if now - then < WINDOW_S] + [now]
         if len(self.restarts) > MAX_RESTARTS:
@@ -84,6 +95,7 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
         Worker(
             name,
             [sys.executable, "-m", name, "--run", str(rundir.path)],
+            rundir.path,
             rundir.logs / f"{name}.log",
             {"CUDA_VISIBLE_DEVICES": ",".join(gpus[name])} if name in gpus else {},
         )

@@ -53,6 +53,9 @@ class Hub:
                 raise PortBusy(f"port {port} on {host} is taken; set network.port = 0 to take a free one") from None
             raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; is network.bind right?") from None
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        if self.address.startswith(("tcp://0.0.0.0:", "tcp://[::]:")):  # a name may stand for the wildcard
+            self.close()
+            raise UserError(f"network.bind = {host!r} listens everywhere; name one address of this machine")
 
     def receive(self, timeout_s: float) -> tuple[bytes, Up] | None:
         """The next message and its peer; None after `timeout_s`, after `wake`, or for bytes that are no message."""

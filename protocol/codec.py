@@ -7,7 +7,7 @@ is `Malformed` before anything is built. Memory of a decoded message is bounded 
 import msgspec
 import numpy as np
 
-from protocol.messages import Down, Group, Up
+from protocol.messages import PROTOCOL, Agreement, DataSet, Down, Group, Hello, Text, Up
 
 MAX_FRAME = 64 << 20
 """Bytes; ZeroMQ disconnects a peer that sends more."""
@@ -19,6 +19,20 @@ _down = msgspec.msgpack.Decoder(Down)
 _groups = msgspec.msgpack.Decoder(list[Group])
 
 
+class _Version(msgspec.Struct):
+    protocol: int
+
+
+class _Greeting(msgspec.Struct, tag="hello"):
+    """What no version of the protocol may change about a Hello."""
+
+    session: Text
+    agreement: _Version
+
+
+_greeting = msgspec.msgpack.Decoder(_Greeting)
+
+
 class Malformed(Exception):
     """Bytes that are no message, or no array, of this protocol."""
 
@@ -28,8 +42,24 @@ def encode(message: Up | Down) -> bytes:
 
 
 def decode_up(frame: bytes) -> Up:
-    """A sampler's message. Raises Malformed."""
-    return _decode(_up, frame)
+    """A sampler's message. Raises Malformed.
+
+    A Hello of another version is read as far as that goes: it can then be refused by its version, and is not dropped.
+    """
+    try:
+        return _decode(_up, frame)
+    except Malformed:
+        greeting = _decode(_greeting, frame) if b"hello" in frame else None
+        if greeting is None or greeting.agreement.protocol == PROTOCOL:
+            raise
+    agreement = dict.fromkeys(("run_id", "model", "tokenizer", "recipe"), "") | {"vocabulary": 0, "group_size": 0}
+    unknown = DataSet(rows=0, fingerprint="")
+    return Hello(
+        session=greeting.session,
+        agreement=Agreement(protocol=greeting.agreement.protocol, **agreement),
+        train=unknown,
+        eval=unknown,
+    )
 
 
 def decode_down(frame: bytes) -> Down:

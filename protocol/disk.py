@@ -1,5 +1,6 @@
 """Files that another process reads: written aside, flushed, renamed. A name either is absent or is complete."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         os.replace(aside, path)
         sync_directory(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first reason is the one that counts
+            aside.unlink()
         raise StorageError(f"cannot write {path}: {error.strerror}; free space or mend permissions") from error
 
 
@@ -29,6 +31,14 @@ def write_new(path: Path, chunks: list[bytes], mode: int = 0o644) -> None:
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
+
+
+def names_in(directory: Path) -> list[str]:
+    """Raises StorageError where a directory that must be there is not, or cannot be read."""
+    try:
+        return os.listdir(directory)
+    except OSError as error:
+        raise StorageError(f"cannot list {directory}: {error.strerror}; was the run directory moved?") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -10,21 +10,23 @@ import hashlib
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq.auth
 
-from protocol.errors import UserError
+from protocol.errors import StorageError, UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
+    """Secrets stay out of `repr`, and so out of logs and tracebacks."""
+
     hub_public: bytes
-    hub_secret: bytes
+    hub_secret: bytes = field(repr=False)
     sampler_public: bytes
-    sampler_secret: bytes
-    checkpoint: bytes
+    sampler_secret: bytes = field(repr=False)
+    checkpoint: bytes = field(repr=False)
     clients: Path
 
     @property
@@ -33,19 +35,23 @@ class Keys:
 
 
 def open_keys(directory: Path) -> Keys:
-    """The keys in `directory`, made if absent. Raises UserError when others could read them."""
-    if not directory.exists():
-        _make(directory)
-    _refuse_if_shared(directory)
-    hub_public, hub_secret = zmq.auth.load_certificate(directory / "hub.key_secret")
-    sampler_public, sampler_secret = zmq.auth.load_certificate(directory / "sampler.key_secret")
+    """The keys in `directory`, made if absent. Raises UserError when others could read them, StorageError."""
+    try:
+        if not directory.exists():
+            _make(directory)
+        _refuse_if_shared(directory)
+        hub_public, hub_secret = zmq.auth.load_certificate(directory / "hub.key_secret")
+        sampler_public, sampler_secret = zmq.auth.load_certificate(directory / "sampler.key_secret")
+        checkpoint = (directory / "checkpoint.key").read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot make or read the keys in {directory}: {error.strerror or error}") from error
     assert hub_secret and sampler_secret
     return Keys(
         hub_public=hub_public,
         hub_secret=hub_secret,
         sampler_public=sampler_public,
         sampler_secret=sampler_secret,
-        checkpoint=(directory / "checkpoint.key").read_bytes(),
+        checkpoint=checkpoint,
         clients=directory / "clients",
     )
 

@@ -9,6 +9,7 @@ and is trained once. Nothing here is kept by a sampler: all of it can be lost an
     Beat   every beat_s and on every change ->   Pulse (which weights), Lease (which prompts), Stop
     Group  one answered lease, until acked ->    Ack
     Failure  a lease that cannot be answered ->  Ack
+    Unreadable  the announced weights       ->   (the trainer looks at them itself)
     Bye    ends here; leases go to others        Who: say Hello first (the trainer was restarted)
 
 A Pulse is level-triggered: it names the weights that samplers should use now, again and again, so that a lost
@@ -24,6 +25,8 @@ PROTOCOL = 1
 """Both sides must speak the same version; there is no negotiation."""
 
 Text = Annotated[str, Meta(max_length=256)]
+SnapshotId = Annotated[str, Meta(pattern=r"\As\d{8,20}\.i\d{4,20}\Z")]
+"""`snapshot.snapshot_id` makes them. Nothing else can be one, so none leads out of a directory."""
 MAX_WHY = 4096
 Why = Annotated[str, Meta(max_length=MAX_WHY)]
 Array = Annotated[bytes, Meta(max_length=32 << 20)]
@@ -71,7 +74,7 @@ class Hello(Message, frozen=True):
 
 class Beat(Message, frozen=True):
     session: Text
-    snapshot: Text | None
+    snapshot: SnapshotId | None
     """Loaded and verified; None before the first one."""
     want: Count
     """Completions that the engine could take on top of those it holds."""
@@ -84,7 +87,7 @@ class Beat(Message, frozen=True):
 class Span(Struct, frozen=True, array_like=True):
     """Tokens [start, end) were sampled with the weights of `snapshot`."""
 
-    snapshot: Text
+    snapshot: SnapshotId
     start: Count
     end: Count
 
@@ -129,6 +132,14 @@ class Failure(Message, frozen=True):
     why: Why
 
 
+class Unreadable(Message, frozen=True):
+    """The announced snapshot's bytes are not what was announced; the sampler goes on with the weights it has."""
+
+    session: Text
+    snapshot: SnapshotId
+    why: Why
+
+
 class Bye(Message, frozen=True):
     session: Text
 
@@ -142,7 +153,7 @@ class Rejection(Message, frozen=True):
 
 
 class Pulse(Message, frozen=True):
-    snapshot: Text
+    snapshot: SnapshotId
     manifest_sha256: Text
 
 
@@ -169,5 +180,5 @@ class Stop(Message, frozen=True):
     """True: the run is complete, exit 0. False: the trainer restarts, wait for it."""
 
 
-Up = Hello | Beat | Group | Failure | Bye
+Up = Hello | Beat | Group | Failure | Unreadable | Bye
 Down = Welcome | Rejection | Pulse | Lease | Ack | Who | Stop

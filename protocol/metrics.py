@@ -1,22 +1,47 @@
 """The record: one JSON object a line, flushed at once, so that others can follow the file while it grows."""
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
 from typing import Self
 
+from protocol.errors import StorageError
+
+log = logging.getLogger(__name__)
+
 
 class MetricsWriter:
-    """Appends to one file. Each record gets `time_s`, seconds since the epoch. NaN and infinities become null."""
+    """Appends to one file. Each record gets `time_s`, seconds since the epoch. NaN and infinities become null.
+
+    A full disk stops no run: the record is left out, counted in `lost`, and said once.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}; free space or mend permissions") from error
+        self._torn = False
+        self.lost = 0
 
     def write(self, record: dict[str, object]) -> None:
         finite = {key: _finite(value) for key, value in {"time_s": round(time.time(), 3), **record}.items()}
-        self._file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+        line = b"\n" * self._torn + json.dumps(finite, ensure_ascii=False).encode(errors="replace") + b"\n"
+        try:
+            written = self._file.write(line)
+            self._torn = written != len(line)
+        except OSError as error:
+            written, reason = 0, error.strerror
+        else:
+            reason = "only a part of it could be written"
+        if written != len(line):
+            self.lost += 1
+            if self.lost == 1:
+                log.error("a record is missing in %s: %s; the run goes on", self._path, reason)
 
     def close(self) -> None:
         self._file.close()

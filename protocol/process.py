@@ -75,12 +75,13 @@ def end(process: subprocess.Popen, grace_s: float) -> int:
     return process.wait()
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_STOP_S = 1.0
 """Launchers pass one stop on in several ways: signals that come together count once."""
 
 
 def on_stop_signal(action: Callable[[], None]) -> None:
-    """Calls `action` on the first SIGTERM or SIGINT; a later one ends the process at once."""
+    """Calls `action` on the first SIGTERM, SIGINT or SIGUSR1 (Slurm's warning); a later one ends the process."""
     first: list[float] = []
 
     def handle(number: int, _: object) -> None:
@@ -92,8 +93,8 @@ def on_stop_signal(action: Callable[[], None]) -> None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+    for number in STOP_SIGNALS:
+        signal.signal(number, handle)
 
 
 def watch_ancestors(depth: int, orphaned: Callable[[], None]) -> None:

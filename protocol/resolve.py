@@ -5,8 +5,11 @@ Defaults < recipe file < `--set table.key=value`. Everything is checked here, on
 
 import difflib
 import hashlib
+import ipaddress
 import json
+import math
 import re
+import socket
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +49,10 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"sampler.gpus = {sampler.gpus} is no multiple of sampler.tensor_parallel = {sampler.tensor_parallel}"
         )
-    if network.bind in ("0.0.0.0", "*", "::", "[::]"):
+    endless = _not_finite(msgspec.to_builtins(recipe))
+    if endless:
+        raise UserError(f"{endless} is not finite; every number of a recipe must be")
+    if _is_everywhere(network.bind):
         raise UserError(f"network.bind = {network.bind!r} listens everywhere; name one address of this machine")
     if recipe.model.dtype == "bfloat16" and trainer.zero_stage == 0:
         raise UserError(
@@ -65,12 +71,37 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"name = {recipe.name!r} names a directory: use letters, digits, '.', '_' and '-'")
 
 
+def _is_everywhere(address: str) -> bool:
+    """Whether a bind to `address` would listen on all addresses, in any spelling that a socket understands: `0`,
+    `0x0` and `::ffff:0.0.0.0` do as well as `0.0.0.0`. Names are left to the Hub, which looks at what it got."""
+    bare = address.strip().strip("[]").rstrip(".")
+    if bare in ("", "*"):
+        return True
+    try:
+        parsed = ipaddress.ip_address(bare)
+    except ValueError:
+        try:
+            return socket.inet_aton(bare) == bytes(4)
+        except (OSError, ValueError):
+            return False
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_unspecified
+
+
+def _not_finite(value: object, name: str = "") -> str | None:
+    """`table.key` of the first number that is infinite or NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return name
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    found = (_not_finite(item, f"{name}.{key}".lstrip(".")) for key, item in items)
+    return next((one for one in found if one), None)
+
+
 def _read(path: Path) -> dict:
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # too long a number, too deep an array
         raise UserError(f"recipe {path} is no valid TOML: {error}") from None
 
 
@@ -85,7 +116,7 @@ def _override(tables: dict, override: str) -> None:
             raise UserError(f"--set {override!r}: {parent} is no table")
     try:
         tables[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         tables[last] = text.strip()  # a bare word is a string, as on any command line
 
 

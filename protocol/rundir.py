@@ -1,7 +1,7 @@
 """The run directory: where everything lies. It is all that two machines of one run need to share.
 
 recipe.toml  endpoint.json  keys/  incarnations/  snapshots/  checkpoints/
-metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  logs/
+metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  logs/  quarantine/  FAILED.md
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from protocol.disk import write_atomic
+from protocol.disk import names_in, write_atomic
 from protocol.errors import StorageError, Superseded, UserError
 from protocol.recipe import Recipe
 from protocol.resolve import dump, load
@@ -52,6 +52,10 @@ class RunDir:
         return self.path / "rollouts"
 
     @property
+    def quarantine(self) -> Path:
+        return self.path / "quarantine"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -73,7 +77,7 @@ class RunDir:
     def read_endpoint(self) -> Endpoint | None:
         """None until a trainer listens. Looks the name up in a listing first: a network filesystem may
         remember for a minute that a name was absent, but lists a directory afresh."""
-        if "endpoint.json" not in os.listdir(self.path):
+        if "endpoint.json" not in names_in(self.path):
             return None
         try:
             return msgspec.json.decode((self.path / "endpoint.json").read_bytes(), type=Endpoint)
@@ -94,11 +98,13 @@ class RunDir:
             except FileExistsError:
                 number += 1
                 continue
+            except OSError as error:
+                raise StorageError(f"cannot claim {self.path}/incarnations/{number}: {error.strerror}") from error
             os.close(descriptor)
             return number
 
     def newest_incarnation(self) -> int:
-        return max((int(name) for name in os.listdir(self.path / "incarnations") if name.isdigit()), default=0)
+        return max((int(name) for name in names_in(self.path / "incarnations") if name.isdigit()), default=0)
 
     def refuse_if_superseded(self, incarnation: int) -> None:
         """Called before every write of weights. Raises Superseded when a newer trainer owns the run."""

@@ -10,25 +10,31 @@ import contextlib
 import errno
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
 import shutil
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
 from msgspec import Struct
 
-from protocol.disk import sync_directory, write_new
+from protocol.disk import names_in, sync_directory, write_new
 from protocol.errors import StorageError
+
+log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TRANSIENT = {errno.ENOENT, errno.ESTALE, errno.EIO, errno.EAGAIN}
 """What a network filesystem may answer for a file that is there; tried again until `patience_s` is over."""
+REREADS = 3
+"""Of a file whose bytes are wrong: a stale view heals, a flipped bit does not."""
 
 
 class Corrupt(StorageError):
@@ -81,17 +87,24 @@ def step_of(identifier: str) -> int:
     return int(match[1])
 
 
+def make_staging(parent: Path, name: str) -> Path:
+    aside = parent / f".tmp-{name}-{os.getpid()}-{secrets.token_hex(4)}"
+    aside.mkdir()  # a run directory that was moved must not be made anew
+    return aside
+
+
 @contextlib.contextmanager
 def staging(parent: Path, name: str) -> Iterator[Path]:
     """A directory beside its final place; removed if the writer fails."""
-    aside = parent / f".tmp-{name}-{os.getpid()}-{secrets.token_hex(4)}"
-    aside.mkdir(parents=True)
+    aside = None
     try:
+        aside = make_staging(parent, name)
         yield aside
     except OSError as error:
         raise StorageError(f"cannot write {parent / name}: {error.strerror}; free space or mend permissions") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_hashed(path: Path, data: bytes) -> File:
@@ -121,7 +134,7 @@ def seal(aside: Path, final: Path, manifest: Manifest, key: bytes | None = None)
     try:
         os.rename(aside, final)
     except OSError:
-        if not final.is_dir() or (final / "manifest.json").read_bytes() != data:
+        if not _holds(final / "manifest.json", data):
             raise
     sync_directory(final.parent)
     return hashlib.sha256(data).hexdigest()
@@ -134,22 +147,42 @@ class Sealed:
     path: Path
     manifest: Manifest
     patience_s: float
+    wanted: Callable[[], bool]
 
     def read(self, name: str) -> bytes:
-        """The file's bytes, equal to the sealed ones. Raises Corrupt after `patience_s` of anything else."""
+        """The file's bytes, equal to the sealed ones. Raises Corrupt."""
         expected = self.manifest.files[name]
-        return _patiently(self.path / name, self.patience_s, lambda data: _is(data, expected))
+        return _patiently(self.path / name, lambda data: _is(data, expected), self.patience_s, self.wanted)
+
+    def verified(self) -> Self:
+        """Itself, after every file was read once. Raises Corrupt."""
+        for name in self.manifest.files:
+            self.read(name)
+        return self
 
 
-def open_sealed(path: Path, sha256: str | None = None, key: bytes | None = None, patience_s: float = 0.0) -> Sealed:
-    """Opens a sealed directory whose manifest has this hash, or this signature. Raises Corrupt."""
+def open_sealed(
+    path: Path,
+    sha256: str | None = None,
+    key: bytes | None = None,
+    patience_s: float = 0.0,
+    wanted: Callable[[], bool] = lambda: True,
+) -> Sealed:
+    """Opens a sealed directory whose manifest has this hash, or this signature. Raises Corrupt.
+
+    A file that is not there is looked for again for `patience_s`, one with other bytes is read REREADS times more;
+    both only as long as it is `wanted`.
+    """
     if not NAME.fullmatch(path.name):
         raise Corrupt(f"{path.name!r} is no name of a sealed directory")
     data = _patiently(
-        path / "manifest.json", patience_s, lambda data: sha256 in (None, hashlib.sha256(data).hexdigest())
+        path / "manifest.json",
+        lambda data: sha256 in (None, hashlib.sha256(data).hexdigest()),
+        patience_s,
+        wanted,
     )
     if key:
-        signature = _patiently(path / "manifest.hmac", patience_s, lambda _: True)
+        signature = _patiently(path / "manifest.hmac", lambda _: True, patience_s, wanted)
         if not hmac.compare_digest(signature, hmac.new(key, data, "sha256").hexdigest().encode()):
             raise Corrupt(f"{path}/manifest.json was not signed by this run")
     try:
@@ -159,7 +192,7 @@ def open_sealed(path: Path, sha256: str | None = None, key: bytes | None = None,
     for name in manifest.files:
         if not all(NAME.fullmatch(part) for part in name.split("/")):
             raise Corrupt(f"{path}/manifest.json names {name!r}, which may lead out of the directory")
-    return Sealed(path, manifest, patience_s)
+    return Sealed(path, manifest, patience_s, wanted)
 
 
 def listed(parent: Path) -> list[Path]:
@@ -167,15 +200,18 @@ def listed(parent: Path) -> list[Path]:
 
     Anything without a manifest is not one.
     """
-    found = [path for path in parent.iterdir() if re.fullmatch(r"[sc]\d{8,}\.i\d{4,}", path.name)]
+    found = [parent / name for name in names_in(parent) if re.fullmatch(r"[sc]\d{8,}\.i\d{4,}", name)]
     sealed = [path for path in found if (path / "manifest.json").exists()]
     return sorted(sealed, key=lambda path: tuple(map(int, reversed(path.name[1:].split(".i")))))
 
 
 def remove(path: Path) -> None:
-    """Renamed first, so that a half-deleted directory is never listed."""
+    """Renamed first, so that a half-deleted directory is never listed. One that cannot be removed stays."""
     grave = path.with_name(f".del-{path.name}-{secrets.token_hex(4)}")
-    os.rename(path, grave)
+    try:
+        os.rename(path, grave)
+    except OSError as error:
+        log.warning("cannot remove %s: %s", path, error.strerror)
     shutil.rmtree(grave, ignore_errors=True)
 
 
@@ -190,22 +226,39 @@ def _is(data: bytes, expected: File) -> bool:
     return len(data) == expected.size and hashlib.sha256(data).hexdigest() == expected.sha256
 
 
-def _patiently(path: Path, patience_s: float, good) -> bytes:
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return _read(path) == data
+    except OSError:
+        return False
+
+
+def _patiently(
+    path: Path, good: Callable[[bytes], bool], patience_s: float = 0.0, wanted: Callable[[], bool] = lambda: True
+) -> bytes:
     """Reads a whole file until `good(bytes)`; a delayed or stale view of a network filesystem heals."""
-    deadline, pause, reason = time.monotonic() + patience_s, 0.1, ""
+    deadline, pause, read = time.monotonic() + patience_s, 0.1, 0
     while True:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            with os.fdopen(descriptor, "rb") as file:
-                data = file.read()
+            data = _read(path)
             if good(data):
                 return data
-            reason = "its bytes are not the sealed ones"
+            reason, read = "its bytes are not the sealed ones", read + 1
         except OSError as error:
             if error.errno not in TRANSIENT:
                 raise Corrupt(f"{path}: {error.strerror}") from None
             reason = error.strerror or str(error)
-        if time.monotonic() + pause > deadline:
+        if read > REREADS or time.monotonic() + pause > deadline or not wanted():
             raise Corrupt(f"{path}: {reason}")
         time.sleep(pause)
         pause = min(2 * pause, 5.0)
+
+
+def _read(path: Path) -> bytes:
+    """The whole file. NONBLOCK: a pipe in its place would be waited for; it is refused like all that is no file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()

@@ -14,6 +14,7 @@ import time
 
 from protocol.cli import exit_with, parser
 from protocol.errors import UserError
+from protocol.failure import died, explained, put_aside, write_failure
 from protocol.process import end, on_stop_signal, start, visible_gpus
 from protocol.recipe import Recipe
 from protocol.rundir import RunDir, resolve_recipe
@@ -31,12 +32,14 @@ def main() -> int:
     overrides = options.overrides + [f"sampler.{key}={value}" for key, value in asked.items() if value is not None]
     rundir, recipe = resolve_recipe(options.run, options.recipe, overrides, keep=False)
     if REPLICA in os.environ:
-        from sampler.replica import run  # torch and vllm, only now
+        with explained(rundir.path, f"sampler engine {os.environ[REPLICA]}"):
+            from sampler.replica import run  # torch and vllm, only now
 
-        return run(rundir, recipe, int(os.environ[REPLICA]))
+            return run(rundir, recipe, int(os.environ[REPLICA]))
     if rundir.is_complete(recipe.trainer.steps):
         print(f"sampler: {rundir.path} is complete, nothing to sample", flush=True)
         return 0
+    put_aside(rundir.path, "sampler")
     return supervise(rundir, recipe)
 
 
@@ -59,18 +62,21 @@ def supervise(rundir: RunDir, recipe: Recipe) -> int:
         children.append(start(command, environment=environment))
     on_stop_signal(lambda: [child.send_signal(signal.SIGTERM) for child in children if child.poll() is None])
     try:
-        return wait(children)
+        return wait(children, rundir)
     finally:
         for child in children:
             end(child, GRACE_S)
 
 
-def wait(children: list[subprocess.Popen]) -> int:
+def wait(children: list[subprocess.Popen], rundir: RunDir) -> int:
+    """Until all have ended well, or one has not."""
     while True:
         codes = [child.poll() for child in children]
-        failed = [code for code in codes if code]
-        if failed:
-            return failed[0] if failed[0] > 0 else 128 - failed[0]
+        for index, code in enumerate(codes):
+            if code and code < 0:  # it could not say so itself
+                write_failure(rundir.path, f"sampler engine {index}", 128 - code, died(code))
+            if code:
+                return code if code > 0 else 128 - code
         if None not in codes:
             return 0
         time.sleep(0.2)

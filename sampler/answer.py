@@ -4,13 +4,13 @@ import time
 from collections.abc import Mapping, Sequence
 
 from protocol.codec import pack, token_array
-from protocol.messages import Completion, Group, Split
+from protocol.messages import MAX_WHY, Completion, Failure, Group, Split
 from protocol.metrics import MetricsWriter
 from protocol.recipe import Recipe
 from sampler.engine import Engine, Sampled
 from sampler.prompts import Prompt
 from sampler.reference import Reference
-from sampler.rewards.pool import RewardPool, Score
+from sampler.rewards.pool import RewardFailed, RewardPool, Score
 
 
 class Answerer:
@@ -30,8 +30,14 @@ class Answerer:
         self._recipe, self._session, self._vocabulary, self._prompts = recipe, session, vocabulary, prompts
         self._engine, self._rewards, self._reference, self._rollouts = engine, rewards, reference, rollouts
 
-    async def group(self, split: Split, group_id: int, row: int) -> Group:
-        """Raises RewardFailed, EngineDead."""
+    async def answer(self, split: Split, group_id: int, row: int) -> Group | Failure:
+        """Raises EngineDead; a reward that fails is an answer, too, and never a silent zero."""
+        try:
+            return await self._group(split, group_id, row)
+        except RewardFailed as failure:
+            return Failure(session=self._session, split=split, group_id=group_id, why=str(failure)[:MAX_WHY])
+
+    async def _group(self, split: Split, group_id: int, row: int) -> Group:
         start = time.monotonic()
         prompt = self._prompts[split][row]
         training = split == "train"

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -26,19 +26,18 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from policy.canary import LENGTH, TOLERANCE, mean_gap
-from protocol.errors import EngineDead, WrongWeights
-from protocol.messages import Pulse, Span
+from policy.canary import LENGTH
+from protocol.errors import EngineDead
+from protocol.messages import Span
 from protocol.recipe import Recipe
-from protocol.snapshot import Canary, Corrupt, Sealed, open_sealed
+from protocol.snapshot import Corrupt, Sealed
+from sampler.weights import Apply, Weights
 from sampler.worker import SAMPLER_PID
 
 log = logging.getLogger(__name__)
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told to be ready for."""
-PATIENCE_S = 120.0
-"""How long a network filesystem may take to show a snapshot that was announced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,18 +52,14 @@ class Sampled:
 
 
 class Engine:
-    """Use with `async with`. `snapshot` is the id of the verified weights, None before the first."""
+    """Use with `async with`. `weights` says which snapshot it uses; `tokens` counts what it has sampled."""
 
     def __init__(self, recipe: Recipe, directory: Path, snapshots: Path, *, gpu: bool, seed: int) -> None:
-        self._recipe, self._directory, self._snapshots, self._gpu, self._seed = recipe, directory, snapshots, gpu, seed
-        self.snapshot: str | None = None
+        self._recipe, self._directory, self._gpu, self._seed = recipe, directory, gpu, seed
+        self.weights = Weights(self, snapshots, recipe.model.dtype)
         self.tokens = 0
-        self._wanted: Pulse | None = None
         self._applied: str | None = None
         """Weights that the engine computes with; its prefix cache is kept apart by them."""
-        self._loading = asyncio.Lock()
-        self._verified = asyncio.Event()
-        self._previous: list[list[float]] | None = None
         self._adapter: LoRARequest | None = None
 
     async def __aenter__(self) -> Self:
@@ -93,27 +88,38 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         outputs = await self._request(prompt.tolist(), parameters)
-        await self._verified.wait()
+        await self.weights.checked()
         return [_sampled(output) for output in outputs.outputs]
 
-    async def load(self, pulse: Pulse) -> None:
-        """Switches to the announced snapshot; the newest wins when several wait. Raises Corrupt, WrongWeights."""
-        self._wanted = pulse
-        async with self._loading:
-            if self.snapshot == pulse.snapshot or self._wanted != pulse:
-                return
-            try:
-                path = self._snapshots / pulse.snapshot
-                sealed = await asyncio.to_thread(open_sealed, path, pulse.manifest_sha256, None, PATIENCE_S)
-                await self._swap(sealed, pulse)
-            except Corrupt:
-                if self._wanted == pulse:
-                    raise
-                log.warning("%s went away while it was read; a newer one follows", pulse.snapshot)
-                return
-            await self._check(sealed)
-            self.snapshot = pulse.snapshot
-            self._verified.set()
+    async def read(self, sealed: Sealed, sha256: str) -> Apply:
+        """Hands a verified snapshot to the worker; what is left is to be done while the engine is paused."""
+        if sealed.manifest.kind == "adapter":
+            files = {name: await asyncio.to_thread(sealed.read, name) for name in sealed.manifest.files}
+            return lambda: self._apply_adapter(files)
+        arguments = (str(sealed.path), sha256)
+        problems = [problem for problem in await self._call("read_snapshot", arguments) if problem]
+        if problems:
+            raise Corrupt(problems[0])
+        return lambda: self._call("apply_snapshot")
+
+    async def switch(self, apply: Apply, snapshot: str) -> None:
+        """Between two tokens; running requests keep their KV cache."""
+        try:
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+            await apply()
+            await self._llm.update_weight_version(snapshot)
+            self._applied = snapshot
+            await self._llm.resume_generation()
+        except EngineDeadError as error:
+            raise EngineDead(f"vLLM died while loading {snapshot}: {error}") from error
+
+    async def score(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of tokens[1:] at temperature 1."""
+        parameters = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        output = await self._request(list(tokens), parameters)
+        return [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -131,31 +137,12 @@ class Engine:
             raise EngineDead(f"vLLM died: {error}; its own message is above") from error
         return last
 
-    async def _swap(self, sealed: Sealed, pulse: Pulse) -> None:
-        """Reads first, then switches between two tokens; running requests keep their KV cache."""
+    async def _call(self, method: str, arguments: tuple[str, ...] = ()) -> list:
+        """Of the worker extension, in every worker process."""
         try:
-            apply = await self._read(sealed, pulse)
-            self._verified.clear()
-            await self._llm.pause_generation(mode="keep", clear_cache=False)
-            await apply()
-            await self._llm.update_weight_version(pulse.snapshot)
-            self._applied = pulse.snapshot
-            await self._llm.resume_generation()
+            return await self._llm.collective_rpc(method, args=arguments)
         except EngineDeadError as error:
-            raise EngineDead(f"vLLM died while loading {pulse.snapshot}: {error}") from error
-
-    async def _read(self, sealed: Sealed, pulse: Pulse) -> Callable[[], Awaitable[object]]:
-        """What remains to be done while the engine is paused. Raises Corrupt."""
-        if sealed.manifest.kind == "adapter":
-            files = {name: await asyncio.to_thread(sealed.read, name) for name in sealed.manifest.files}
-            return lambda: self._apply_adapter(files)
-        for name in sealed.manifest.files:  # the waiting for a slow disk happens here, while the engine samples
-            await asyncio.to_thread(sealed.read, name)
-        arguments = (str(sealed.path), pulse.manifest_sha256)
-        problems = [problem for problem in await self._llm.collective_rpc("read_snapshot", args=arguments) if problem]
-        if problems:
-            raise Corrupt(problems[0])
-        return lambda: self._llm.collective_rpc("apply_snapshot")
+            raise EngineDead(f"vLLM died in {method}: {error}") from error
 
     async def _apply_adapter(self, files: dict[str, bytes]) -> None:
         """vLLM reads an adapter from files: it gets a private copy of the verified bytes."""
@@ -167,34 +154,6 @@ class Engine:
         finally:
             shutil.rmtree(copy)
         self._adapter = LoRARequest("policy", 1, str(copy))
-
-    async def _check(self, sealed: Sealed) -> None:
-        """Computes what the trainer computed with these weights on fixed texts."""
-        canary = sealed.manifest.canary
-        if canary is None:
-            return
-        found = list(await asyncio.gather(*(self._score(tokens) for tokens in canary.tokens)))
-        gap, tolerance = mean_gap(canary.logprobs, found), TOLERANCE[self._recipe.model.dtype]
-        if gap > tolerance:
-            raise WrongWeights(
-                f"{sealed.manifest.id} was loaded, but log-probs of fixed texts differ by {gap:.3f} nats on average "
-                f"from the trainer's (at most {tolerance} expected): not sampling with it"
-            )
-        if self._previous == found and self._moved(canary):
-            raise WrongWeights(f"{sealed.manifest.id} was loaded, but the engine still computes what it did before")
-        self._previous, self._canary = found, canary
-        log.info("using %s (log-probs within %.4f nats of the trainer's)", sealed.manifest.id, gap)
-
-    def _moved(self, canary: Canary) -> bool:
-        return mean_gap(canary.logprobs, self._canary.logprobs) > 0.0
-
-    async def _score(self, tokens: Sequence[int]) -> list[float]:
-        """Log-probs of tokens[1:] at temperature 1."""
-        parameters = SamplingParams(
-            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-        )
-        output = await self._request(list(tokens), parameters)
-        return [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
 
 
 class _TokenCounter(StatLoggerBase):

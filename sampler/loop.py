@@ -2,36 +2,34 @@
 
 import asyncio
 
-from protocol.messages import MAX_WHY, Failure, Lease, Pulse, Split
+from protocol.messages import Lease, Pulse, Split
+from protocol.snapshot import Corrupt
 from sampler.answer import Answerer
-from sampler.engine import Engine
-from sampler.rewards.pool import RewardFailed
-from sampler.session import Session
+from sampler.link import Link
+from sampler.weights import Weights
 
 
-async def sample(session: Session, engine: Engine, answerer: Answerer) -> None:
+async def sample(trainer: Link, weights: Weights, answerer: Answerer) -> None:
     """Answers every lease at once and side by side: the engine is kept full, no group waits for another.
 
     waits for: leases and weight notices from the trainer, which ends the wait with Stop
     produces:  one Group (or Failure) for each lease
-    ends when: the trainer stops the run, `session.stop` is called, or a task fails
+    ends when: the trainer stops the run, `trainer.stop` is called, or a task fails
     """
 
     async def load(pulse: Pulse) -> None:
-        await engine.load(pulse)
-        session.changed()
+        try:
+            await weights.load(pulse)
+            trainer.loaded()
+        except Corrupt as error:  # the old weights stay in use
+            trainer.unreadable(pulse, str(error))
 
     async def answer(split: Split, group_id: int, row: int) -> None:
-        try:
-            await session.answer(await answerer.group(split, group_id, row))
-        except RewardFailed as failure:
-            await session.answer(
-                Failure(session=session.name, split=split, group_id=group_id, why=str(failure)[:MAX_WHY])
-            )
+        trainer.answer(await answerer.answer(split, group_id, row))
 
     async with asyncio.TaskGroup() as tasks:
         running: set[asyncio.Task] = set()
-        async for message in session.messages():
+        async for message in trainer.messages():
             match message:
                 case Pulse():
                     work = [load(message)]

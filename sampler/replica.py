@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import logging
-import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,11 +16,12 @@ from protocol.errors import RunError
 from protocol.keys import Keys, open_keys
 from protocol.messages import Agreement, DataSet, Split
 from protocol.metrics import MetricsWriter
-from protocol.process import die_with_parent
+from protocol.process import STOP_SIGNALS, die_with_parent
 from protocol.recipe import Recipe
 from protocol.rundir import RunDir
 from sampler.answer import Answerer
 from sampler.engine import Engine
+from sampler.link import Link
 from sampler.loop import sample
 from sampler.prompts import Prompt, load_prompts
 from sampler.prompts import fingerprint as prompts_fingerprint
@@ -34,7 +35,7 @@ REPORT_S = 10.0
 """Between two records in metrics/sampler-*.jsonl."""
 
 
-def run(rundir: RunDir, recipe: Recipe, index: int) -> int:
+def run(rundir: RunDir, recipe: Recipe, index: int, make_engine: Callable[..., Engine] = Engine) -> int:
     """The whole life of one engine. 0 when the run is complete or this sampler was asked to stop."""
     log_to_console(f"sampler.{index}")
     die_with_parent()
@@ -50,7 +51,7 @@ def run(rundir: RunDir, recipe: Recipe, index: int) -> int:
     agreement = agree(keys.run_id, directory, tokenizer, recipe)
     show(prompts["train"][0], tokenizer)
     try:
-        asyncio.run(serve(rundir, recipe, keys, directory, agreement, prompts, index))
+        asyncio.run(serve(rundir, recipe, keys, directory, agreement, prompts, index, make_engine))
     except BaseExceptionGroup as group:
         raise first_cause(group) from group
     return 0
@@ -64,6 +65,7 @@ async def serve(
     agreement: Agreement,
     prompts: dict[Split, list[Prompt]],
     index: int,
+    make_engine: Callable[..., Engine],
 ) -> None:
     """Everything that needs the event loop: the reward processes first, because a wrong one is the user's to mend."""
     gpu = torch.cuda.is_available()
@@ -76,28 +78,21 @@ async def serve(
         sets: dict[Split, DataSet] = {
             split: DataSet(rows=len(rows), fingerprint=prompts_fingerprint(rows)) for split, rows in prompts.items()
         }
-        engine = Engine(recipe, directory, rundir.snapshots, gpu=gpu, seed=recipe.seed + index)
+        engine = make_engine(recipe, directory, rundir.snapshots, gpu=gpu, seed=recipe.seed + index)
         size = {"train": recipe.sampling.group_size, "eval": recipe.eval.samples}
 
         def load(held: set[Work]) -> Load:
             """Twice what the engine decodes at a time: it never runs dry between two leases."""
             free = max(2 * recipe.sampler.max_running, recipe.sampling.group_size) - sum(size[kind] for kind, _ in held)
-            return Load(engine.snapshot, max(0, free), engine.tokens)
+            return Load(engine.weights.snapshot, max(0, free), engine.tokens)
 
-        session = Session(
-            rundir,
-            keys,
-            recipe,
-            agreement,
-            sets,
-            load,
-            versions(),
-        )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, session.stop)
+        session = Session(recipe.network, agreement, sets, load, versions())
+        trainer = Link(rundir, keys, recipe, session)
+        for number in STOP_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, trainer.stop)
         await stack.enter_async_context(engine)
-        for number in (signal.SIGTERM, signal.SIGINT):  # vLLM installs its own while it starts
-            asyncio.get_running_loop().add_signal_handler(number, session.stop)
+        for number in STOP_SIGNALS:  # vLLM installs its own while it starts
+            asyncio.get_running_loop().add_signal_handler(number, trainer.stop)
         needs_reference = recipe.objective.kl_beta > 0 and not recipe.lora.rank
         reference = Reference(recipe, directory, "cuda" if gpu else "cpu") if needs_reference else None
         rollouts = stack.enter_context(MetricsWriter(rundir.rollouts / f"{session.name}.jsonl"))
@@ -105,7 +100,7 @@ async def serve(
         metrics = stack.enter_context(MetricsWriter(rundir.metrics / f"sampler-{session.name}.jsonl"))
         reporting = asyncio.create_task(report(metrics, engine, rewards))
         try:
-            await sample(session, engine, answerer)
+            await sample(trainer, engine.weights, answerer)
         finally:
             reporting.cancel()
             metrics.write(figures(engine, rewards))
@@ -119,7 +114,9 @@ async def report(metrics: MetricsWriter, engine: Engine, rewards: RewardPool) ->
 
 def figures(engine: Engine, rewards: RewardPool) -> dict[str, object]:
     """Counted since the start: tokens, and what became of each reward function's calls."""
-    return {"tokens": engine.tokens, "snapshot": engine.snapshot} | rewards.counters()
+    weights = engine.weights
+    figures = {"tokens": engine.tokens, "snapshot": weights.snapshot, "snapshots_unreadable": weights.unreadable}
+    return figures | rewards.counters()
 
 
 def first_cause(group: BaseExceptionGroup) -> BaseException:

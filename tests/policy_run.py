@@ -52,38 +52,49 @@ def main(settings: dict) -> None:
         if desk:
             desk.sets = {"train": DataSet(rows=100, fingerprint="f"), "eval": DataSet(rows=0, fingerprint="e")}
             desk.open_ledger(100)
-        with Inbox(ranks, desk, hub, threading.Event()) as inbox:
+        with Inbox(ranks, desk, hub, threading.Event(), rundir.snapshots) as inbox:
             policy = Policy(recipe, Path(recipe.model.path), ranks)
             incarnation = settings.get("incarnation", 1)
             checkpoints = Checkpoints(rundir, keys, ranks, incarnation, "m")
             checkpoints.resume(policy)
             publisher = Publisher(rundir, keys.run_id, incarnation, load_tokenizer(Path(recipe.model.path)))
-            store = Store(publisher, checkpoints, recipe.trainer, first=ranks.first)
+            store = Store(rundir, publisher, checkpoints, recipe.trainer, first=ranks.first)
             store.publish(policy)
             while policy.steps_done < settings["steps"]:
-                record = step(policy, store, inbox, ranks, recipe)
+                record = step(policy, store, inbox, ranks, recipe, settings.get("spoil", {}))
                 if ranks.first:
                     sys.stdout.write(json.dumps(record) + "\n")
 
 
-def step(policy: Policy, store: Store, inbox: Inbox, ranks: Ranks, recipe) -> dict:
+def spoiled(logprobs: torch.Tensor, loss: torch.Tensor, what: str) -> torch.Tensor:
+    """The loss, after something that a GPU or a formula may do has happened to it or to its gradient."""
+    if what == "gradient":
+        logprobs.register_hook(lambda gradient: gradient * torch.inf)
+    return loss + torch.tensor(torch.nan) if what == "loss" else loss
+
+
+def step(policy: Policy, store: Store, inbox: Inbox, ranks: Ranks, recipe, spoil: dict) -> dict:
+    spoil_now = spoil and policy.steps_done == spoil["after"] and policy.skipped < spoil["times"]
+    spoil_now = spoil_now and ranks.rank == spoil["rank"]
     sums: dict[str, float] = {}
     batch = policy.batch(groups(policy.steps_done, recipe))
     for micro in policy.accumulate(batch.micro_batches):
         logprobs, entropies = policy.logprobs(micro)
         loss, measured = grpo(logprobs, entropies, micro, recipe.objective)
-        policy.backward(loss)
+        policy.backward(spoiled(logprobs, loss, spoil["what"]) if spoil_now else loss)
         for name, value in measured.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     gradient = [safe_get_full_grad(p) for p in policy.model.parameters() if p.requires_grad]
     flat = torch.cat([g.flatten().double() for g in gradient if g is not None]) if gradient[0] is not None else None
-    policy.update()
-    store.publish(policy)
-    store.checkpoint(policy, inbox)
+    done = policy.update()
+    if done:
+        store.publish(policy)
+        store.checkpoint(policy, inbox)
     checksum = {name: float(tensor.double().abs().sum()) for name, tensor in policy.weights() if tensor.numel()}
     measured = summarize(ranks.combine(sums))
     return {
         "step": policy.steps_done,
+        "done": done,
         "rows": len(batch.micro_batches),
         "grad_norm": policy.grad_norm,
         "gradient": None if flat is None else flat[:: max(1, len(flat) // 2000)].tolist(),

@@ -103,7 +103,7 @@ def differently_trained(running: Running, seed: int) -> Path:
 
 
 def test_sampled_logprobs_are_the_trainers_at_the_sampling_temperature(running):
-    running.call(running.engine.load(publish(running.model, running.snapshots, 0)))
+    running.call(running.engine.weights.load(publish(running.model, running.snapshots, 0)))
     sampled = running.call(running.engine.generate(PROMPT, count=4, temperature=0.7))
     expected = logprobs(running.model, PROMPT, [one.tokens for one in sampled], temperature=0.7)
     gaps = np.concatenate([abs(one.logprobs - other) for one, other in zip(sampled, expected, strict=True)])
@@ -118,7 +118,7 @@ def test_weights_change_under_a_running_request_and_each_token_knows_its_own(run
         generating = asyncio.create_task(running.engine.generate(PROMPT, count=8, temperature=0.7))
         while running.engine.tokens < counted + 40:
             await asyncio.sleep(0.005)
-        await running.engine.load(publish(other, running.snapshots, 1))
+        await running.engine.weights.load(publish(other, running.snapshots, 1))
         return await generating
 
     counted = running.engine.tokens
@@ -136,37 +136,37 @@ def test_weights_change_under_a_running_request_and_each_token_knows_its_own(run
 
 def test_a_damaged_snapshot_is_never_sampled_with(running, monkeypatch):
     """Ancestor defects 2 and 10: a failed load was printed, or not even that, and old weights went on."""
-    monkeypatch.setattr("sampler.engine.PATIENCE_S", 0.0)
-    before = running.engine.snapshot
+    monkeypatch.setattr("sampler.weights.PATIENCE_S", 0.0)
+    before = running.engine.weights.snapshot
     pulse = publish(running.model, running.snapshots, 5)
     file = running.snapshots / pulse.snapshot / "model.safetensors"
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
     with pytest.raises(Corrupt, match="not the sealed"):
-        running.call(running.engine.load(pulse))
-    assert running.engine.snapshot == before
+        running.call(running.engine.weights.load(pulse))
+    assert running.engine.weights.snapshot == before
 
 
 def test_a_manifest_that_was_not_announced_is_refused(running, monkeypatch):
-    monkeypatch.setattr("sampler.engine.PATIENCE_S", 0.0)
+    monkeypatch.setattr("sampler.weights.PATIENCE_S", 0.0)
     publish(running.model, running.snapshots, 6)
     with pytest.raises(Corrupt):
-        running.call(running.engine.load(Pulse(snapshot=snapshot_id(6, 1), manifest_sha256="0" * 64)))
+        running.call(running.engine.weights.load(Pulse(snapshot=snapshot_id(6, 1), manifest_sha256="0" * 64)))
 
 
 def test_weights_that_compute_something_else_than_the_trainers_are_refused(running):
     """A skipped tensor, an adapter that was not applied: loads perfectly, samples nonsense."""
     lie = publish(running.model, running.snapshots, 7, canary_of=differently_trained(running, 2))
     with pytest.raises(WrongWeights, match="differ by"):
-        running.call(running.engine.load(lie))
-    assert running.engine.snapshot != lie.snapshot
+        running.call(running.engine.weights.load(lie))
+    assert running.engine.weights.snapshot != lie.snapshot
 
 
 def test_the_next_good_snapshot_is_used_again(running):
     """The last one: also the tied output layer follows, which the CPU backend keeps packed."""
     third = differently_trained(running, 3)
-    running.call(running.engine.load(publish(third, running.snapshots, 8)))
+    running.call(running.engine.weights.load(publish(third, running.snapshots, 8)))
     sampled = running.call(running.engine.generate(PROMPT, count=2, temperature=0.7))
     expected = logprobs(third, PROMPT, [one.tokens for one in sampled], temperature=0.7)
     assert max(abs(one.logprobs - other).max() for one, other in zip(sampled, expected, strict=True)) < 1e-3

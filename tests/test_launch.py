@@ -21,7 +21,7 @@ from trainer.__main__ import placement
 
 
 def worker(tmp_path: Path, script: str) -> Worker:
-    result = Worker("sampler", [sys.executable, "-c", script], tmp_path / "log", {})
+    result = Worker("sampler", [sys.executable, "-c", script], tmp_path, tmp_path / "log", {})
     result.start()
     return result
 

@@ -99,6 +99,21 @@ def test_zero_0_in_float32_makes_the_same_update(tiny, alone, tmp_path):
         assert other["weights"] == pytest.approx(one["weights"], rel=1e-6)
 
 
+@pytest.mark.fault("J1")
+@pytest.mark.parametrize(
+    ("stage", "dtype", "what"),
+    [(0, "float32", "gradient"), (1, "bfloat16", "loss"), (2, "bfloat16", "gradient"), (3, "float32", "loss")],
+)
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_changes_nothing(tiny, tmp_path, stage, dtype, what):
+    options = [f"trainer.zero_stage={stage}", f"model.dtype={dtype}", "optimizer.schedule=cosine"]
+    sound = run(tiny, tmp_path / "sound", *options, world=2, steps=3)
+    spoil = {"rank": 1, "after": 1, "times": 1, "what": what}
+    cut = run(tiny, tmp_path / "cut", *options, world=2, steps=3, spoil=spoil)
+    assert [record["done"] for record in cut] == [True, False, True, True]
+    assert cut[1]["weights"] == cut[0]["weights"]  # to the last bit
+    assert [cut[0], *cut[2:]] == sound  # optimizer, schedule and ranks go on as if it had not been
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tiny, tmp_path, dtype):
     options = [f"model.dtype={dtype}", "optimizer.schedule=cosine"]

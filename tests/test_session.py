@@ -15,6 +15,7 @@ from protocol.messages import Agreement, DataSet, Lease, Pulse
 from protocol.resolve import load
 from protocol.rundir import Endpoint, RunDir
 from protocol.snapshot import snapshot_id
+from sampler.link import Link
 from sampler.session import Load, Session, Work
 from tests.groups import make_group
 from trainer.desk import Desk
@@ -64,7 +65,7 @@ def trainer(rundir: RunDir, ranks: Ranks, incarnation: int = 1, state: dict | No
     keys = open_keys(rundir.keys)
     hub = Hub(keys, "127.0.0.1", 0)
     desk = Desk(recipe=RECIPE, agreement=agreed(keys.run_id), incarnation=incarnation)
-    with Inbox(ranks, desk, hub, stop or threading.Event()) as inbox:
+    with Inbox(ranks, desk, hub, stop or threading.Event(), rundir.snapshots) as inbox:
         if state:
             desk.open_ledger(50).restore(state["ledger"])
         inbox.commit(Pulse(snapshot=snapshot_id(inbox_step(desk), incarnation), manifest_sha256="h"), inbox_step(desk))
@@ -96,12 +97,12 @@ class FakeEngine(threading.Thread):
         keys = open_keys(self._rundir.keys)
         sets = {"train": DataSet(rows=50, fingerprint="f"), "eval": DataSet(rows=3, fingerprint="e")}
         agreement = agreed(keys.run_id, **self._disagreement)
-        session = Session(self._rundir, keys, RECIPE, agreement, sets, self._load, {})
-        self.session = session
-        async for message in session.messages():
+        session = Session(RECIPE.network, agreement, sets, self._load, {})
+        self.link = link = Link(self._rundir, keys, RECIPE, session)
+        async for message in link.messages():
             if isinstance(message, Pulse):
                 self.snapshot = message.snapshot
-                session.changed()
+                link.loaded()
             elif isinstance(message, Lease) and not self._silent:
                 for group_id, row in message.items:
                     rewards = [0.0, 1.0] if message.split == "train" else [1.0]
@@ -114,7 +115,7 @@ class FakeEngine(threading.Thread):
                         rewards=rewards,
                     )
                     self.answered.append(group_id)
-                    await session.answer(group)
+                    link.answer(group)
 
     def _load(self, held: set[Work]) -> Load:
         return Load(self.snapshot, max(0, 16 - 2 * len(held)), len(self.answered))
@@ -159,7 +160,7 @@ def test_a_sampler_that_never_answers_loses_its_leases_when_it_goes(rundir, rank
         lazy.start()
         time.sleep(1.0)
         FakeEngine(rundir).start()
-        lazy.session.stop()
+        lazy.link.stop()
         assert train(inbox, 2) == [0, 1, 2, 3]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from protocol.cli import exit_with, parser
 from protocol.errors import UserError
+from protocol.failure import died, explained, failure, write_failure
 from protocol.process import group_alive, members, on_stop_signal, start
 from protocol.rundir import RunDir, resolve_recipe
 
@@ -29,9 +30,10 @@ def main() -> int:
         return 0
     if "RANK" not in os.environ:
         return launch(options.gpus or recipe.trainer.gpus, rundir)
-    from trainer.rank import run  # torch and deepspeed, only now
+    with explained(rundir.path, f"trainer rank {os.environ['RANK']}"):
+        from trainer.rank import run  # torch and deepspeed, only now
 
-    return run(rundir, recipe)
+        return run(rundir, recipe)
 
 
 def launch(gpus: int, rundir: RunDir) -> int:
@@ -46,10 +48,13 @@ def launch(gpus: int, rundir: RunDir) -> int:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *placement(gpus, visible), "--master_port", str(port)]
     launcher = start([*command, "--module", "trainer", "--run", str(rundir.path)])
-    on_stop_signal(lambda: stop_ranks(launcher.pid))
+    stopped: list[bool] = []
+    on_stop_signal(lambda: (stopped.append(True), stop_ranks(launcher.pid)))
     while group_alive(launcher):
         time.sleep(0.2)
     code = launcher.wait()
+    if code and not stopped and not failure(rundir.path, "trainer"):  # killed ranks say nothing themselves
+        write_failure(rundir.path, "trainer", abs(code), f"DeepSpeed's launcher {died(code)}, its output says more")
     return code if code >= 0 else 128 - code
 
 

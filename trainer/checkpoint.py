@@ -6,12 +6,14 @@ only after the signature and every hash have been checked.
 
 import logging
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from protocol.errors import NoCheckpoint, UserError
+from protocol.errors import NoCheckpoint, StorageError, UserError
 from protocol.keys import Keys
 from protocol.rundir import RunDir
 from protocol.snapshot import (
@@ -22,10 +24,10 @@ from protocol.snapshot import (
     checkpoint_id,
     hash_file,
     listed,
+    make_staging,
     open_sealed,
     remove,
     seal,
-    staging,
     write_hashed,
 )
 from trainer.engine import Policy
@@ -57,27 +59,24 @@ class Checkpoints:
         self._newest: int | None = None
 
     def save(self, policy: Policy, inbox: Inbox, keep: int) -> None:
-        """Writes checkpoint `steps_done`, once; removes the oldest beyond `keep`."""
+        """Writes checkpoint `steps_done`, once; removes the oldest beyond `keep`.
+
+        Raises StorageError on all ranks together: no room for it, or one of them could not write its part.
+        """
         if self._newest == policy.steps_done:
             return
         name = checkpoint_id(policy.steps_done, self._incarnation)
-        if not self._ranks.first:
-            aside = Path(os.fsdecode(self._share(None)))
-            policy.save(aside, TAG)
-            self._ranks.barrier()  # rank 0 hashes what every rank has written
-            self._ranks.barrier()
+        aside = Path(os.fsdecode(self._together(lambda: self._begin(name), only_first=True)))
+        try:
+            self._together(lambda: policy.save(aside, TAG))
+            self._together(lambda: self._seal(aside, name, policy, inbox), only_first=True)
             self._newest = policy.steps_done
-            return
-        self._rundir.refuse_if_superseded(self._incarnation)
-        with staging(self._rundir.checkpoints, name) as aside:
-            self._share(os.fsencode(aside))
-            policy.save(aside, TAG)
-            self._ranks.barrier()
-            self._seal(aside, name, policy, inbox)
-        for path in listed(self._rundir.checkpoints)[:-keep]:
-            remove(path)
-        self._ranks.barrier()
-        self._newest = policy.steps_done
+        finally:
+            if self._ranks.first:
+                shutil.rmtree(aside, ignore_errors=True)
+        if self._ranks.first:
+            for path in listed(self._rundir.checkpoints)[:-keep]:
+                remove(path)
 
     def resume(self, policy: Policy) -> State | None:
         """Loads the newest intact checkpoint; None where there is none at all. Raises NoCheckpoint, UserError."""
@@ -102,6 +101,29 @@ class Checkpoints:
         policy.load(Path(path), TAG)
         self._newest = policy.steps_done
         return state
+
+    def _together(self, work: Callable[[], bytes | None], only_first: bool = False) -> bytes:
+        """Every rank works, or the first alone; its result on all ranks. The StorageError of one is that of all."""
+        result, failure = b"", None
+        if self._ranks.first or not only_first:
+            try:
+                result = work() or b""
+            except OSError as error:
+                failure = StorageError(f"cannot write a checkpoint: {error.strerror}; free space or mend permissions")
+            except StorageError as error:
+                failure = error
+        if self._ranks.max([failure is not None])[0]:
+            raise failure or StorageError("another rank could not write its part of a checkpoint; its log says why")
+        return self._share(result if self._ranks.first else None)
+
+    def _begin(self, name: str) -> bytes:
+        """The directory to write into, if there is room for a checkpoint of the size of the last one."""
+        self._rundir.refuse_if_superseded(self._incarnation)
+        needed = max((_size(path) for path in listed(self._rundir.checkpoints)[-1:]), default=0)
+        free = shutil.disk_usage(self._rundir.checkpoints).free
+        if free < needed:
+            raise StorageError(f"no room for {name}: {needed >> 20} MiB needed, {free >> 20} free; free space")
+        return os.fsencode(make_staging(self._rundir.checkpoints, name))
 
     def _seal(self, aside: Path, name: str, policy: Policy, inbox: Inbox) -> None:
         state = State(
@@ -129,10 +151,7 @@ class Checkpoints:
         found = listed(self._rundir.checkpoints)
         for path in reversed(found):
             try:
-                sealed = open_sealed(path, key=self._keys.checkpoint)
-                for name in sealed.manifest.files:
-                    sealed.read(name)
-                return sealed
+                return open_sealed(path, key=self._keys.checkpoint).verified()
             except Corrupt as error:
                 log.error("skipped checkpoint %s: %s", path.name, error)
         if found:
@@ -143,3 +162,8 @@ class Checkpoints:
         """Rank 0's bytes on all ranks, where it has any."""
         size = self._ranks.max([len(data or b"")])[0]
         return self._ranks.broadcast(data, size) if size else b""
+
+
+def _size(checkpoint: Path) -> int:
+    """Bytes on the disk."""
+    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())

@@ -22,6 +22,7 @@ from protocol.messages import (
     Rejection,
     Split,
     Stop,
+    Unreadable,
     Up,
     Welcome,
     Who,
@@ -68,6 +69,8 @@ class Desk:
     samplers: dict[str, Sampler] = field(default_factory=dict)
     pulse: Pulse | None = None
     stop: Stop | None = None
+    doubted: bool = False
+    """A sampler could not read the announced snapshot."""
     banned: set[str] = field(default_factory=set)
     """Sessions that were sent away."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -87,6 +90,10 @@ class Desk:
                 return [(peer, self._group(message, sampler)), *self._grant(message.session, now)]
             case Failure():
                 return [(peer, self._failure(message))]
+            case Unreadable():
+                log.error("sampler %s cannot read %s: %s", message.session, message.snapshot, message.why)
+                self._count("snapshots_unreadable")
+                self.doubted |= self.pulse is not None and self.pulse.snapshot == message.snapshot
             case Bye():
                 self._lose(message.session, "said goodbye")
         return []

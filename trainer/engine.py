@@ -16,6 +16,7 @@ from torch import Tensor
 
 from policy.logprobs import Packed, TokenLogprobs
 from policy.model import add_adapter, load_model
+from protocol.errors import StorageError
 from protocol.messages import Group
 from protocol.recipe import Optimizer, Recipe
 from trainer.batch import Batch, MicroBatch, make_batch
@@ -48,6 +49,8 @@ class Policy:
             config=_settings(recipe),
         )
         self.steps_done = 0
+        self.skipped = 0
+        """Steps in a row that were not finite."""
         self.grad_norm = 0.0
 
     def batch(self, groups: list[Group]) -> Batch:
@@ -74,16 +77,29 @@ class Policy:
         return self._engine(micro.packed)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds this micro-batch's gradient. DeepSpeed divides by the ranks; the loss's denominator already has."""
-        self._engine.backward(loss * self._ranks.world, scale_wrt_gas=False)
+        """Adds this micro-batch's gradient. DeepSpeed divides by the ranks; the loss's denominator already has.
 
-    def update(self) -> None:
-        """One optimizer step, clipped; `grad_norm` is the norm before clipping."""
-        norm = self._engine.get_global_grad_norm if self.recipe.trainer.zero_stage else self._plain_grad_norm
-        before = None if self.recipe.trainer.zero_stage else norm()
-        self._engine.step()
-        self.grad_norm = float(before if before is not None else norm())
-        self.steps_done += 1
+        A loss that is not finite makes the whole gradient so, and with it the step of all ranks is skipped.
+        """
+        sound = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        self._engine.backward(loss * sound * self._ranks.world, scale_wrt_gas=False)
+
+    def update(self) -> bool:
+        """One optimizer step, clipped; `grad_norm` is the norm before clipping.
+
+        False where a loss or a gradient was not finite on any rank: then no rank has changed anything.
+        """
+        if self.recipe.trainer.zero_stage:  # DeepSpeed looks at the norm over all ranks before it steps
+            self._engine.step()
+            done, norm = self._engine.was_step_applied(), self._engine.get_global_grad_norm()
+        else:
+            norm = self._plain_grad_norm()
+            done = bool(torch.isfinite(norm))
+            self._engine.step() if done else self._engine.zero_grad()
+        self.grad_norm = float(norm)
+        self.steps_done += done
+        self.skipped = 0 if done else self.skipped + 1
+        return done
 
     @property
     def learning_rate(self) -> float:
@@ -115,8 +131,11 @@ class Policy:
                 yield name, data.to("cpu", copy=True)
 
     def save(self, directory: Path, tag: str) -> None:
-        """Every rank writes its part below `directory / tag`."""
-        self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False, client_state=self._client_state())
+        """Every rank writes its part below `directory / tag`. Raises StorageError, on the rank that could not."""
+        try:
+            self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False, client_state=self._client_state())
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise StorageError(f"cannot write a checkpoint below {directory.parent}: {error}") from error
         if self._ranks.first:
             for script in directory.glob("*.py"):  # DeepSpeed's converters: no code lies beside our data
                 script.unlink()

@@ -9,14 +9,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Self
 
 import msgspec
 
 from protocol import codec
 from protocol.channel import Hub
-from protocol.errors import RunError
+from protocol.errors import RunError, StorageError
 from protocol.messages import Group, Pulse, Stop
+from protocol.snapshot import Corrupt, open_sealed
 from trainer.desk import Desk, Letters
 from trainer.ranks import Ranks
 
@@ -29,10 +31,17 @@ TURN_S = 2.0
 
 
 class Inbox:
-    """All ranks construct one; only rank 0's has a desk and a hub. Once `stop` is set on any, all `take` None."""
+    """All ranks construct one; only rank 0's has a desk and a hub. Once `stop` is set on any, all `take` None.
 
-    def __init__(self, ranks: Ranks, desk: Desk | None, hub: Hub | None, stop: threading.Event) -> None:
+    `broken` is why this rank asked for the end itself, if it did.
+    """
+
+    def __init__(
+        self, ranks: Ranks, desk: Desk | None, hub: Hub | None, stop: threading.Event, snapshots: Path
+    ) -> None:
         self._ranks, self._desk, self._hub, self._stopping = ranks, desk, hub, stop
+        self._snapshots = snapshots
+        self.broken: StorageError | None = None
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._failure: BaseException | None = None
@@ -62,6 +71,12 @@ class Inbox:
                 self._desk.train.publish(pulse.snapshot)
             self._desk.pulse = pulse
         self._announce()
+
+    def set_aside(self, why: str) -> None:
+        """The taken groups broke a step and are not tried again."""
+        if self._desk and self._desk.train:
+            with self._changed:
+                self._desk.train.set_aside(why)
 
     def examine(self) -> list[Group] | None:
         """Has the announced weights answer every held-out prompt; None when asked to stop, [] without such data."""
@@ -147,6 +162,7 @@ class Inbox:
         """Rank 0: up to TURN_S for groups. Other ranks come to the meeting at once and wait there."""
         if self._desk is None:
             return None
+        self._look_at_doubted()
         deadline = time.monotonic() + TURN_S
         with self._changed:
             while not self._stopping.is_set() and self._failure is None:
@@ -157,6 +173,19 @@ class Inbox:
                 if left <= 0 or not self._changed.wait(left):
                     break
         return None
+
+    def _look_at_doubted(self) -> None:
+        """A sampler cannot read the announced weights. If we cannot either, a new start must publish them again."""
+        assert self._desk is not None
+        with self._changed:
+            pulse, self._desk.doubted = self._desk.pulse if self._desk.doubted else None, False
+        if pulse is None:
+            return
+        try:
+            open_sealed(self._snapshots / pulse.snapshot, pulse.manifest_sha256).verified()
+        except Corrupt as error:
+            self.broken = StorageError(f"{error}; checkpoint saved: start the trainer again, it publishes anew")
+            self._stopping.set()
 
     def _say_what_is_missing(self, since: float) -> None:
         if self._desk and time.monotonic() - max(since, self._said) > SAY_S:

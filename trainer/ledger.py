@@ -159,6 +159,13 @@ class Ledger:
         self.taken = set()
         self.step = step
 
+    def set_aside(self, why: str) -> None:
+        """The taken groups broke a step: they count as done, and the checkpoint keeps the reason."""
+        for group_id in self.taken:
+            self.quarantined[group_id] = why
+            self._mark_done(group_id)
+        self.taken = set()
+
     def publish(self, snapshot: str) -> None:
         """From now on `snapshot` counts; those too old for any further step do not."""
         self.lineage[snapshot] = step_of(snapshot)

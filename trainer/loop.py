@@ -25,10 +25,13 @@ def train(policy: Policy, inbox: Inbox, store: Store, record: Record, recipe: Re
             loss, sums = grpo(logprobs, entropies, micro, recipe.objective)
             policy.backward(loss)
             record.add(sums)
-        policy.update()
-        inbox.commit(store.publish(policy), policy.steps_done)  # now, and only now, the groups are trained
-        record.step(policy, batch, inbox)
-        store.checkpoint(policy, inbox)
+        if policy.update():
+            inbox.commit(store.publish(policy), policy.steps_done)  # now, and only now, the groups are trained
+            record.step(policy, batch, inbox)
+            store.checkpoint(policy, inbox)
+        else:  # not finite on some rank: no rank has stepped
+            record.skipped(policy, batch)
+            store.quarantine(policy, groups, inbox)
     return True
 
 

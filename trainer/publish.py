@@ -50,13 +50,18 @@ class Publisher:
         """Called by all ranks; the pulse that rank 0 (first) gets names the snapshot. Raises Diverged, StorageError."""
         identifier = snapshot_id(policy.steps_done, self._incarnation)
         canary = self._canary(policy)
-        if not first:
-            for _ in policy.weights():
+        weights = policy.weights()
+        try:
+            if not first:
+                return Pulse(snapshot=identifier, manifest_sha256="")
+            self._rundir.refuse_if_superseded(self._incarnation)
+            return self._write(identifier, weights, canary, policy)
+        finally:
+            for _ in weights:  # also after an error: the ranks gather together
                 pass
-            return Pulse(snapshot=identifier, manifest_sha256="")
-        self._rundir.refuse_if_superseded(self._incarnation)
+
+    def _write(self, identifier: str, weights: Iterator[tuple[str, Tensor]], canary: Canary, policy: Policy) -> Pulse:
         with staging(self._rundir.snapshots, identifier) as aside:
-            files = write_weights(aside, _finite(policy.weights()), policy)
             manifest = Manifest(
                 kind="adapter" if policy.recipe.lora.rank else "full",
                 run_id=self._run_id,
@@ -66,7 +71,7 @@ class Publisher:
                 incarnation=self._incarnation,
                 model=model_fingerprint(policy.directory),
                 canary=canary,
-                files=files,
+                files=write_weights(aside, _finite(weights), policy),
             )
             sha256 = seal(aside, self._rundir.snapshots / identifier, manifest)
         self._parent = identifier

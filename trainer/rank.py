@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from policy.agreement import agree
 from policy.model import load_tokenizer, locate
 from protocol.channel import Hub
 from protocol.cli import log_to_console
+from protocol.failure import put_aside
 from protocol.keys import open_keys
 from protocol.messages import DataSet
 from protocol.metrics import MetricsWriter
@@ -37,7 +39,7 @@ ORPHAN_S = 120.0
 """For the last checkpoint of a rank whose launcher was killed."""
 
 
-def run(rundir: RunDir, recipe: Recipe) -> int:
+def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Policy) -> int:
     """The whole life of one rank. 0 when the run is complete, or was asked to stop and has saved."""
     log_to_console(f"trainer.{os.environ['RANK']}")
     stop = threading.Event()
@@ -50,18 +52,20 @@ def run(rundir: RunDir, recipe: Recipe) -> int:
         # Bind before claiming the incarnation: a second trainer on this port must not fence the first one.
         hub = Hub(keys, recipe.network.bind, recipe.network.port) if ranks.first else None
         incarnation = ranks.max([rundir.claim_incarnation() if ranks.first else 0])[0]
+        if ranks.first:
+            put_aside(rundir.path, "trainer")
         tokenizer = load_tokenizer(directory)
         agreement = agree(keys.run_id, directory, tokenizer, recipe)
         desk = Desk(recipe=recipe, agreement=agreement, incarnation=incarnation) if ranks.first else None
-        with Inbox(ranks, desk, hub, stop) as inbox:
-            policy = Policy(recipe, directory, ranks)
+        with Inbox(ranks, desk, hub, stop, rundir.snapshots) as inbox:
+            policy = make_policy(recipe, directory, ranks)
             checkpoints = Checkpoints(rundir, keys, ranks, incarnation, agreement.model)
             restore(checkpoints.resume(policy), desk, inbox)
             if ranks.first:
                 sweep(rundir.snapshots)
                 sweep(rundir.checkpoints)
             publisher = Publisher(rundir, keys.run_id, incarnation, tokenizer)
-            store = Store(publisher, checkpoints, recipe.trainer, first=ranks.first)
+            store = Store(rundir, publisher, checkpoints, recipe.trainer, first=ranks.first)
             inbox.commit(store.publish(policy), policy.steps_done)
             if hub:
                 announce(rundir, hub, incarnation)
@@ -72,6 +76,8 @@ def run(rundir: RunDir, recipe: Recipe) -> int:
             if hub and complete:
                 announce(rundir, hub, incarnation, steps=policy.steps_done)
             inbox.finish(final=complete)
+            if inbox.broken:
+                raise inbox.broken
     log.info("%s after %d steps", "complete" if complete else "stopped, resumable", policy.steps_done)
     return 0
 
@@ -106,7 +112,8 @@ def restore(state: State | None, desk: Desk | None, inbox: Inbox) -> None:
 
 
 def announce(rundir: RunDir, hub: Hub, incarnation: int, steps: int = 0) -> None:
-    """Tells samplers where to connect or, with the number of steps, that the run is complete."""
+    """Tells samplers where to connect or, with the number of steps, that the run is complete. Raises Superseded."""
+    rundir.refuse_if_superseded(incarnation)
     endpoint = Endpoint(address=hub.address, incarnation=incarnation, host=socket.gethostname(), steps=steps)
     rundir.write_endpoint(endpoint)
     if not steps:

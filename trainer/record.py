@@ -64,6 +64,12 @@ class Record:
         self._writer.write({"kind": "step", "step": policy.steps_done, "groups": batch.group_ids, **figures})
         log.info("%s", line(policy.steps_done, policy.recipe.trainer.steps, figures))
 
+    def skipped(self, policy: Policy, batch: Batch) -> None:
+        """A step that was not finite: what was measured is of no use."""
+        self._sums = {}
+        if self._ranks.first:
+            self._writer.write({"kind": "skipped", "step": policy.steps_done, "groups": batch.group_ids})
+
     def exam(self, policy: Policy, groups: Sequence[Group], inbox: Inbox) -> None:
         """Held-out accuracy with its 95 % interval; its time counts for no step."""
         self._since, self._before["waited"] = time.monotonic(), inbox.waited_s

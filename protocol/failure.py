@@ -1,0 +1,116 @@
+"""FAILED.md: which process of a run failed first, its last lines and what to do. Every later one points to it.
+
+A dying trainer takes its other ranks and, in the end, its samplers with it: of many error messages only the first
+says why. The file is made exclusively, so the first one keeps it; a new start of the same worker puts it aside.
+"""
+
+import collections
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from protocol.errors import RunError
+
+log = logging.getLogger(__name__)
+
+NAME = "FAILED.md"
+LINES = 30
+LOST_PEER = re.compile(r"[Cc]onnection (was )?(closed|reset)|Broken pipe|Socket closed|Connection refused")
+"""What gloo and NCCL say when another rank has died."""
+AGAIN = "Start the same command again: the run goes on from its last checkpoint."
+ADVICE = {
+    2: "Mend what the message names and start again.",
+    3: "This sampler does not belong to this run: start it with the run's own directory and recipe.",
+    66: "Start the trainer, then the samplers.",
+    69: "End the process that listens on the port, or set network.port = 0.",
+    72: "Do not trust this engine's weights: check the versions of vLLM and transformers.",
+    73: f"Free space, or mend the disk or its permissions. {AGAIN}",
+    74: "Restore a checkpoint from a backup, or start over in a new run directory.",
+    75: "Nothing: a newer trainer has taken over this run.",
+    76: "Lower optimizer.learning_rate, look at quarantine/ and at the last steps in metrics/trainer.jsonl, start anew.",
+}
+
+
+class Tail(logging.Handler):
+    """Remembers the last lines that this process logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: collections.deque[str] = collections.deque(maxlen=LINES)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@contextlib.contextmanager
+def explained(run: Path, process: str) -> Iterator[None]:
+    """A failure inside leaves FAILED.md, unless another process has failed before: then the log points to that."""
+    tail = Tail()
+    logging.getLogger().addHandler(tail)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        lines = list(tail.lines)
+        if isinstance(error, RunError):
+            code, what = error.exit_code, str(error)
+        else:
+            code, what = 1, f"{type(error).__name__}: {error}"
+            lines += traceback.format_exc().splitlines()
+            if LOST_PEER.search(what):
+                what = f"another rank is gone (killed, or out of memory?): {what.splitlines()[0]}"
+        write_failure(run, process, code, what, lines)
+        raise
+    finally:
+        logging.getLogger().removeHandler(tail)
+
+
+def write_failure(run: Path, process: str, code: int, what: str, lines: Sequence[str] = ()) -> None:
+    """Writes FAILED.md if no other failure is described there; says where the description is."""
+    text = (
+        f"# {process} failed first\n\n"
+        f"exit code {code}, process {os.getpid()} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n\n"
+        f"{what}\n\n**What to do:** {ADVICE.get(code, AGAIN)}\n\nIts last lines:\n\n"
+        + "".join(f"    {line}\n" for line in list(lines)[-2 * LINES :])
+    )
+    try:
+        with (run / NAME).open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        log.error("another process failed first, see %s", run / NAME)
+    except OSError as error:
+        log.error("cannot write %s: %s", run / NAME, error.strerror)
+
+
+def died(code: int) -> str:
+    """A child's end in words, for those that could not say anything themselves."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}" + " (out of memory?)" * (code == -signal.SIGKILL)
+    return f"ended with exit code {code}"
+
+
+def failure(run: Path, process: str) -> tuple[int, str] | None:
+    """Exit code and message of the failure in FAILED.md, if a process whose name starts so is the one that failed."""
+    try:
+        text = (run / NAME).read_text(errors="replace")
+    except OSError:
+        return None
+    found = re.match(rf"# {process}.* failed first\n\nexit code (\d+),.*\n\n(.*)\n", text)
+    return (int(found[1]), found[2]) if found else None
+
+
+def put_aside(run: Path, process: str) -> None:
+    """A new start of this worker: what its last one said moves to logs/."""
+    if failure(run, process):
+        (run / "logs").mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):
+            os.replace(run / NAME, run / "logs" / f"failed-{time.time_ns()}.md")
