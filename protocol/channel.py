@@ -40,7 +40,7 @@ class Hub:
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.hub_public)
         self._socket.setsockopt_string(zmq.ZAP_DOMAIN, DOMAIN)
         self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        self.malformed = 0
+        self.malformed = self.unsent = 0
         self._bell, self._rope = socket.socketpair()
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -79,6 +79,7 @@ class Hub:
         try:
             self._socket.send_multipart([peer, codec.encode(message)], zmq.DONTWAIT)
         except zmq.ZMQError:
+            self.unsent += 1
             return False
         return True
 

@@ -130,6 +130,8 @@ class Failure(Message, frozen=True):
     split: Split
     group_id: Count
     why: Why
+    number: Count = 0
+    """Among the failures of its session, from 1: one that is sent again is no other try. 0: without a number."""
 
 
 class Unreadable(Message, frozen=True):

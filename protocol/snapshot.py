@@ -215,10 +215,11 @@ def remove(path: Path) -> None:
     shutil.rmtree(grave, ignore_errors=True)
 
 
-def sweep(parent: Path, older_than_s: float = 3600.0) -> None:
-    """Removes what a killed writer left behind. Age, because another process may be writing right now."""
-    for path in [*parent.glob(".tmp-*"), *parent.glob(".del-*")]:
-        if time.time() - path.stat().st_mtime > older_than_s:
+def sweep(parent: Path, incarnation: int) -> None:
+    """Removes what killed writers of earlier incarnations left behind; a living one has lost the run anyway."""
+    for path in parent.iterdir():
+        half_written = re.match(r"\.tmp-[sc]\d+\.i(\d+)-", path.name)
+        if path.name.startswith(".del-") or (half_written and int(half_written[1]) < incarnation):
             shutil.rmtree(path, ignore_errors=True)
 
 

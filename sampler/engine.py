@@ -58,6 +58,8 @@ class Engine:
         self._recipe, self._directory, self._gpu, self._seed = recipe, directory, gpu, seed
         self.weights = Weights(self, snapshots, recipe.model.dtype)
         self.tokens = 0
+        self.running = 0
+        """Requests that vLLM has not answered yet."""
         self._applied: str | None = None
         """Weights that the engine computes with; its prefix cache is kept apart by them."""
         self._adapter: LoRARequest | None = None
@@ -124,6 +126,7 @@ class Engine:
     # -- inside --------------------------------------------------------------------------------------------------
 
     async def _request(self, tokens: list[int], parameters: SamplingParams):
+        self.running += 1
         try:
             last = None
             async for output in self._llm.generate(
@@ -135,6 +138,8 @@ class Engine:
                 last = output
         except EngineDeadError as error:
             raise EngineDead(f"vLLM died: {error}; its own message is above") from error
+        finally:
+            self.running -= 1
         return last
 
     async def _call(self, method: str, arguments: tuple[str, ...] = ()) -> list:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from policy.agreement import agree
 from policy.model import load_tokenizer, locate
 from protocol.cli import log_to_console
-from protocol.errors import RunError
+from protocol.errors import EngineDead, RunError
 from protocol.keys import Keys, open_keys
 from protocol.messages import Agreement, DataSet, Split
 from protocol.metrics import MetricsWriter
@@ -81,8 +82,11 @@ async def serve(
         engine = make_engine(recipe, directory, rundir.snapshots, gpu=gpu, seed=recipe.seed + index)
         size = {"train": recipe.sampling.group_size, "eval": recipe.eval.samples}
 
+        pulse = Heartbeat(recipe.network.lease_s)
+
         def load(held: set[Work]) -> Load:
             """Twice what the engine decodes at a time: it never runs dry between two leases."""
+            pulse.feel(engine.tokens, engine.running)
             free = max(2 * recipe.sampler.max_running, recipe.sampling.group_size) - sum(size[kind] for kind, _ in held)
             return Load(engine.weights.snapshot, max(0, free), engine.tokens)
 
@@ -104,6 +108,21 @@ async def serve(
         finally:
             reporting.cancel()
             metrics.write(figures(engine, rewards))
+
+
+class Heartbeat:
+    """Ends a sampler whose engine is asked for tokens and gives none: its leases would come back to it for ever."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s, self._tokens, self._moved = patience_s, -1, time.monotonic()
+
+    def feel(self, tokens: int, running: int) -> None:
+        """tokens: sampled so far. running: requests not answered. Raises EngineDead."""
+        now = time.monotonic()
+        if tokens != self._tokens or not running:
+            self._tokens, self._moved = tokens, now
+        elif now - self._moved > self._patience_s:
+            raise EngineDead(f"the engine has {running} requests and gave no token for {now - self._moved:.0f} s")
 
 
 async def report(metrics: MetricsWriter, engine: Engine, rewards: RewardPool) -> None:

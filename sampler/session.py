@@ -9,6 +9,8 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from protocol.errors import Rejected
 from protocol.messages import (
     MAX_WHY,
@@ -74,6 +76,7 @@ class Session:
         self._held: set[Work] = set()
         self._outbox: dict[Work, Group | Failure] = {}
         self._sent: dict[Work, float] = {}
+        self._failures = 0
         self._complaints: list[Unreadable] = []
         self._pulse: Pulse | None = None
 
@@ -114,6 +117,9 @@ class Session:
 
     def answer(self, message: Group | Failure) -> None:
         """Keeps the answer to a lease until it is acknowledged."""
+        if isinstance(message, Failure):
+            self._failures += 1
+            message = msgspec.structs.replace(message, number=self._failures)
         self._outbox[message.split, message.group_id] = message
         self.changed()
 

@@ -52,7 +52,7 @@ def main(settings: dict) -> None:
         if desk:
             desk.sets = {"train": DataSet(rows=100, fingerprint="f"), "eval": DataSet(rows=0, fingerprint="e")}
             desk.open_ledger(100)
-        with Inbox(ranks, desk, hub, threading.Event(), rundir.snapshots) as inbox:
+        with Inbox(ranks, desk, hub, threading.Event(), rundir) as inbox:
             policy = Policy(recipe, Path(recipe.model.path), ranks)
             incarnation = settings.get("incarnation", 1)
             checkpoints = Checkpoints(rundir, keys, ranks, incarnation, "m")

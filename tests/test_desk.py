@@ -20,8 +20,11 @@ from protocol.messages import (
 )
 from protocol.resolve import load
 from protocol.snapshot import snapshot_id
+from sampler.session import Load, Session
 from tests.groups import make_group
+from trainer.batch import make_batch
 from trainer.desk import MAX_INVALID, MAX_QUARANTINED, BrokenGroups, Desk
+from trainer.ledger import MAX_TRIES
 
 AGREED = Agreement(protocol=1, run_id="r", model="m", tokenizer="t", vocabulary=320, group_size=2, recipe="c")
 ROWS = DataSet(rows=50, fingerprint="f")
@@ -55,6 +58,7 @@ def test_a_sampler_that_agrees_is_welcomed_told_the_weights_and_leased_prompts(d
     assert said(letters)[0] == desk.pulse and leased(letters) == [0, 1, 2, 3]
 
 
+@pytest.mark.fault("H1", "H6")
 @pytest.mark.parametrize("name", ["protocol", "run_id", "model", "tokenizer", "vocabulary", "group_size", "recipe"])
 def test_any_disagreement_is_refused_and_named(desk, name):
     other = 99 if isinstance(getattr(AGREED, name), int) else "other"
@@ -64,6 +68,7 @@ def test_any_disagreement_is_refused_and_named(desk, name):
     assert said(desk.on(b"p", beat(), 1.0)) == [Who()]
 
 
+@pytest.mark.fault("H8")
 def test_other_data_than_the_first_samplers_are_refused(desk):
     desk.on(b"p", HELLO, 0.0)
     hello = msgspec.structs.replace(HELLO, session="two", train=DataSet(rows=51, fingerprint="g"))
@@ -89,6 +94,7 @@ def test_an_answer_is_acknowledged_and_the_place_filled_again(desk):
     assert leased(letters) == [1]
 
 
+@pytest.mark.fault("I1")
 def test_an_unsound_answer_is_tried_again_and_its_sender_sent_away_in_the_end(desk):
     desk.on(b"p", HELLO, 0.0)
     for number in range(MAX_INVALID):
@@ -146,3 +152,133 @@ def test_a_reward_that_fails_everywhere_stops_the_run_instead_of_hiding(desk):
             for group_id in leased(desk.on(b"p", beat(), 0.0)):
                 desk.on(b"p", Failure(session="one", split="train", group_id=group_id, why="division by zero"), 0.0)
     assert len(desk.train.quarantined) == MAX_QUARANTINED
+
+
+# -- several samplers, some of them bad --------------------------------------------------------------------------
+
+
+def run_until(desk, steps, answer, sessions=("one", "two", "three")):
+    """Samplers that beat in turn, and a trainer that takes whatever is ready; `answer` makes each group.
+
+    Returns the trained ids. A sampler that was sent away stays away.
+    """
+    trained, now = [], 0.0
+    for session in sessions:
+        desk.on(session.encode(), msgspec.structs.replace(HELLO, session=session), now)
+    while desk.train.step < steps:
+        now += 1.0
+        assert now < 50 * steps, "the run does not move"
+        for session in sessions:
+            newest = desk.pulse.snapshot
+            for group_id in leased(desk.on(session.encode(), beat(session, newest, want=2, progress=int(now)), now)):
+                desk.on(session.encode(), answer(desk, session, group_id), now)
+        groups = desk.train.take(2)
+        if groups:
+            trained += [group.group_id for group in groups]
+            desk.train.commit(desk.train.step + 1)
+            desk.pulse = Pulse(snapshot=snapshot_id(desk.train.step, 1), manifest_sha256="h")
+            desk.train.publish(desk.pulse.snapshot)
+    return trained
+
+
+def sound(desk, session, group_id):
+    return make_group(group_id, row=desk.train.row(group_id), snapshot=desk.pulse.snapshot, session=session)
+
+
+def unsound(desk, session, group_id):
+    completions = sound(desk, session, group_id).completions
+    wrong = msgspec.structs.replace(completions[0], reward=float("nan"))
+    return msgspec.structs.replace(sound(desk, session, group_id), completions=[wrong, completions[1]])
+
+
+@pytest.mark.fault("I7")
+def test_a_group_that_poisons_every_sampler_is_set_aside_and_no_other_one(desk):
+    poisoned = {1, 6, 17}
+    trained = run_until(desk, 12, lambda *lease: (unsound if lease[2] in poisoned else sound)(*lease))
+    assert set(desk.train.quarantined) == poisoned
+    assert set(desk.train.state()["quarantined"].values()) == {"reward is not finite"}  # a checkpoint keeps them
+    assert desk.counts["train/invalid"] >= MAX_TRIES * len(poisoned)  # more: some said nothing about the group
+    assert len(trained) == len(set(trained)) == 24 and not set(trained) & poisoned
+    assert set(desk.samplers) == {"one", "two", "three"}
+
+
+@pytest.mark.fault("I8")
+def test_a_sampler_that_poisons_every_group_is_sent_away_and_the_others_go_on(desk):
+    trained = run_until(desk, 20, lambda desk, *lease: (unsound if lease[0] == "two" else sound)(desk, *lease))
+    assert desk.banned == {"two"} and set(desk.samplers) == {"one", "three"}
+    assert desk.counts["train/invalid"] == MAX_INVALID
+    assert len(trained) == len(set(trained)) == 40
+    assert not desk.train.quarantined  # it never sent a sound group, so none of its groups is to blame
+
+
+@pytest.mark.fault("I5")
+def test_an_answer_about_another_row_than_the_leased_one_is_unknown_and_the_lease_stays(desk):
+    desk.on(b"p", HELLO, 0.0)
+    desk.on(b"p", beat(want=2), 1.0)
+    other = make_group(0, row=desk.train.row(1), snapshot=NEWEST)
+    assert said(desk.on(b"p", other, 2.0))[0].status == "unknown"
+    assert set(desk.train.leases) >= {0} and not desk.train.ready
+
+
+@pytest.mark.fault("E6")
+def test_an_unsound_answer_to_somebody_elses_lease_takes_nothing_away(desk):
+    desk.on(b"p", HELLO, 0.0)
+    desk.on(b"p", beat(want=2), 1.0)
+    desk.on(b"q", msgspec.structs.replace(HELLO, session="two"), 1.0)
+    for _ in range(MAX_TRIES):
+        assert said(desk.on(b"q", unsound(desk, "two", 0), 2.0))[0].status == "invalid"
+    assert desk.train.leases[0].session == "one" and not desk.train.quarantined
+
+
+@pytest.mark.fault("I6")
+def test_equal_rewards_are_accepted_counted_and_teach_nothing(desk):
+    desk.on(b"p", HELLO, 0.0)
+    desk.on(b"p", beat(), 1.0)
+    for group_id, rewards in ((0, [0.5, 0.5]), (1, [0.0, 1.0])):
+        group = make_group(group_id, rewards=rewards, row=desk.train.row(group_id), snapshot=NEWEST)
+        assert said(desk.on(b"p", group, 2.0))[0].status == "accepted"
+    batch = make_batch(
+        desk.train.take(2), rank=0, world=1, tokens_per_micro_batch=999, advantage_std=True, skip_zero=False, step=0
+    )
+    [micro] = batch.micro_batches
+    equal = sum(completion.spans[-1].end for completion in make_group(0, rewards=[0.5, 0.5]).completions)
+    assert int((micro.advantages == 0).sum()) == equal < len(micro.advantages)
+    assert batch.figures["frac_reward_zero_std"] == 0.5
+
+
+@pytest.mark.fault("M2")
+def test_a_clock_that_jumps_ten_minutes_costs_leases_and_no_group(desk):
+    """A virtual machine that was paused: every sampler seems dead, says who it is, and goes on."""
+    before = run_until(desk, 2, sound, sessions=("one",))
+    open_leases = leased(desk.on(b"p", beat(snapshot=desk.pulse.snapshot, want=4), 10.0))
+    assert open_leases and leased(desk.tick(610.0)) == [] and not desk.samplers
+    assert said(desk.on(b"p", sound(desk, "one", open_leases[0]), 610.0)) == [Who()]
+    desk.on(b"p", HELLO, 610.0)
+    assert said(desk.on(b"p", sound(desk, "one", open_leases[0]), 611.0))[0].status == "accepted"
+    after = run_until(desk, 6, sound, sessions=("one",))
+    assert sorted(before + after) == list(range(12))
+
+
+@pytest.mark.fault("E4")
+def test_an_answer_whose_acknowledgement_was_lost_is_sent_again_and_counts_once(desk):
+    """The real session and the real desk; the network between them loses the first acknowledgement."""
+    sets = {"train": ROWS, "eval": HELLO.eval}
+    session = Session(desk.recipe.network, AGREED, sets, lambda held: Load(NEWEST, 0 if held else 2, 1), {})
+
+    def exchange(now, loses=False):
+        """All that is due, and what comes of it: the statuses of acknowledgements, those lost included."""
+        letters = [letter for message in session.due(now) for letter in desk.on(b"p", message, now)]
+        for answer in said(letters):
+            if not (loses and isinstance(answer, Ack)):
+                session.on(answer)
+        return [answer.status for answer in said(letters) if isinstance(answer, Ack)]
+
+    exchange(0.0)
+    exchange(1.0)
+    [group_id] = desk.train.leases
+    session.answer(make_group(group_id, row=desk.train.row(group_id), snapshot=NEWEST, session=session.name))
+    resent = 2.0 + desk.recipe.network.resend_s
+    assert exchange(2.0, loses=True) == ["accepted"]
+    assert exchange(resent - 1.0) == []
+    assert exchange(resent) == ["duplicate"]
+    assert exchange(99.0) == [] and list(desk.train.ready) == [group_id]

@@ -103,3 +103,49 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert done.stderr.strip().startswith("error: ") and "\n" not in done.stderr.strip()
+
+
+WALL_CLOCK = {"time", "time_ns", "ctime", "localtime", "gmtime", "now", "today", "utcnow", "strftime"}
+FILE_TIMES = {"st_mtime", "st_mtime_ns", "st_ctime", "st_ctime_ns", "st_atime", "getmtime", "getctime"}
+
+
+def uses(path: Path, modules: set[str], names: set[str]) -> set[str]:
+    """`module.name` of these modules in a file, however they were imported."""
+    tree = ast.parse(path.read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in names]
+    found = {ast.unparse(node) for node in nodes if ast.unparse(node.value).split(".")[-1] in modules}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1] in modules:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if alias.name in names}
+    return found
+
+
+@pytest.mark.fault("M1", "M3")
+def test_no_decision_hangs_on_the_wall_clock():
+    """It jumps, and differs between hosts. Deadlines, leases and beats use time.monotonic, which does neither."""
+    rooms = ("protocol", "policy", "sampler", "trainer")
+    clocks = {path: uses(path, {"time", "datetime", "date"}, WALL_CLOCK) for room in rooms for path, _ in sources(room)}
+    named = {str(path): found - {"datetime.time"} for path, found in clocks.items()}  # that one is a type
+    assert {path: found for path, found in named.items() if found} == {
+        "protocol/metrics.py": {"time.time"},  # when a record was written, for people
+        "protocol/failure.py": {"time.strftime", "time.time_ns"},  # when a run failed; a name for the file put aside
+    }
+
+
+@pytest.mark.fault("M3")
+def test_no_decision_hangs_on_the_times_of_files():
+    """Another host, or the file server, wrote them by its own clock."""
+    found = {}
+    for room in ("protocol", "policy", "sampler", "trainer"):
+        for path, tree in sources(room):
+            names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            found |= {str(path): names & FILE_TIMES} if names & FILE_TIMES else {}
+    assert found == {"policy/embedded.py": {"st_mtime_ns"}}  # whether a local .gguf file is still the one converted
+
+
+def test_the_wall_clock_would_be_seen(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "import time\nfrom time import time_ns as n\nimport datetime\nx = datetime.datetime.now()\n"
+    )
+    found = uses(tmp_path / "a.py", {"time", "datetime", "date"}, WALL_CLOCK)
+    assert found == {"time.time_ns", "datetime.datetime.now"}

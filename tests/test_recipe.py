@@ -67,6 +67,7 @@ def test_every_setting_that_is_set_is_the_setting_that_is_used(tmp_path):
     assert (recipe.optimizer.learning_rate, recipe.lora.dropout, recipe.optimizer.max_grad_norm) == (3e-5, 0.2, 0.5)
 
 
+@pytest.mark.fault("H7")
 def test_a_run_keeps_its_recipe_and_refuses_another(tmp_path):
     run, first = resolve_recipe(tmp_path / "run", None, ["seed=5"])
     assert resolve_recipe(tmp_path / "run", None, []) == (run, first)

@@ -57,6 +57,14 @@ def sub_processes(completions, pids, **columns):
     while True:
         pass
 
+def forks(completions, pids, **columns):
+    for _ in range(5):
+        os.fork()
+    os.getpid() == os.getsid(0) or os.setsid()
+    with open(pids[0], "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(60)
+
 def text(completions, **columns):
     return ["1.0" for _ in completions]
 
@@ -199,6 +207,7 @@ def test_text_behind_a_plain_prompt_stays_text():
     assert with_pool([Reward(function="gsm8k")], use).rewards == [1.0]
 
 
+@pytest.mark.fault("K1")
 @pytest.mark.parametrize("name", ["loop", "regex", "c_loop", "asleep"])
 def test_a_hung_function_is_killed_in_time_and_its_worker_replaced(mine, name):
     async def use(pool: RewardPool):
@@ -217,6 +226,7 @@ def test_a_hung_function_is_killed_in_time_and_its_worker_replaced(mine, name):
     assert counters[f"{name}/values"] == 0
 
 
+@pytest.mark.fault("K2", "K3", "K4")
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -250,6 +260,7 @@ def test_a_bad_function_fails_its_group_by_name_and_the_pool_goes_on(mine, name,
     }
 
 
+@pytest.mark.fault("K2")
 def test_memory_taken_bit_by_bit_ends_at_the_limit(mine):
     mine.write_text("def grow(completions):\n    kept = []\n    while True: kept.append(bytearray(1 << 20))\n")
     failed = failure(Reward(function=f"{mine}:grow"), memory_bytes=200 << 20)
@@ -264,6 +275,17 @@ def test_children_of_a_killed_function_die_with_it(mine, tmp_path):
     family = [int(pid) for pid in pids.read_text().split()]
     assert len(family) == 3  # the worker, a child, a child in another session
     assert all(gone(pid) for pid in family)
+
+
+@pytest.mark.fault("K2")
+def test_a_storm_of_forks_ends_with_the_function(mine, tmp_path):
+    """Thirty-two processes in sessions of their own, none of them a child that anybody waits for."""
+    pids = tmp_path / "pids"
+    reward = Reward(function=f"{mine}:forks", timeout_s=2.0)
+    assert failure(reward, columns={"pids": str(pids)}).kind == "timeout"
+    storm = [int(pid) for pid in pids.read_text().split()]
+    assert len(storm) == 32
+    assert all(gone(pid) for pid in storm)
 
 
 def test_an_error_keeps_the_worker_and_a_cancelled_call_does_not(mine):

@@ -65,7 +65,7 @@ def trainer(rundir: RunDir, ranks: Ranks, incarnation: int = 1, state: dict | No
     keys = open_keys(rundir.keys)
     hub = Hub(keys, "127.0.0.1", 0)
     desk = Desk(recipe=RECIPE, agreement=agreed(keys.run_id), incarnation=incarnation)
-    with Inbox(ranks, desk, hub, stop or threading.Event(), rundir.snapshots) as inbox:
+    with Inbox(ranks, desk, hub, stop or threading.Event(), rundir) as inbox:
         if state:
             desk.open_ledger(50).restore(state["ledger"])
         inbox.commit(Pulse(snapshot=snapshot_id(inbox_step(desk), incarnation), manifest_sha256="h"), inbox_step(desk))
@@ -164,6 +164,7 @@ def test_a_sampler_that_never_answers_loses_its_leases_when_it_goes(rundir, rank
         assert train(inbox, 2) == [0, 1, 2, 3]
 
 
+@pytest.mark.fault("D6")
 def test_a_trainer_that_restarts_elsewhere_is_found_and_nothing_is_lost_or_doubled(rundir, ranks):
     sampler = FakeEngine(rundir)
     sampler.start()
@@ -179,6 +180,7 @@ def test_a_trainer_that_restarts_elsewhere_is_found_and_nothing_is_lost_or_doubl
     assert {*range(book["done_below"]), *book["done_above"]} == set(first + again)
 
 
+@pytest.mark.fault("H6")
 def test_a_sampler_of_another_model_is_refused_with_the_reason(rundir, ranks):
     with trainer(rundir, ranks):
         sampler = FakeEngine(rundir, model="another")

@@ -25,6 +25,7 @@ def test_what_was_sealed_is_read_back(tmp_path):
     assert [found.name for found in snapshot.listed(tmp_path)] == ["s00000001.i0001"]
 
 
+@pytest.mark.fault("G4")
 def test_every_flipped_bit_is_noticed(tmp_path):
     path, sha256 = publish(tmp_path, data=os.urandom(300))
     dice = random.Random(0)
@@ -40,6 +41,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     assert open_sealed(path, sha256).read("model.safetensors")
 
 
+@pytest.mark.fault("G5")
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b""])
 def test_a_truncated_or_grown_file_is_noticed(tmp_path, change):
     path, sha256 = publish(tmp_path)
@@ -61,6 +63,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault("G3")
 def test_a_directory_without_a_manifest_is_no_snapshot(tmp_path):
     (tmp_path / "s00000009.i0001").mkdir()
     (tmp_path / ".tmp-s00000008.i0001-1-ab").mkdir()
@@ -75,6 +78,7 @@ def test_a_restarted_trainers_snapshots_are_newer_than_those_of_the_history_it_l
     assert names == ["s00000009.i0001", "s00000037.i0001", "s00000020.i0002", "s00000021.i0002"]
 
 
+@pytest.mark.fault("G7")
 def test_an_id_is_never_used_twice(tmp_path):
     publish(tmp_path)
     with pytest.raises(StorageError):
@@ -82,6 +86,7 @@ def test_an_id_is_never_used_twice(tmp_path):
     assert (tmp_path / "s00000001.i0001" / "model.safetensors").read_bytes() == b"weights" * 1000
 
 
+@pytest.mark.fault("G9")
 def test_a_rename_whose_reply_was_lost_has_succeeded(tmp_path, monkeypatch):
     rename = os.rename
 
@@ -94,6 +99,7 @@ def test_a_rename_whose_reply_was_lost_has_succeeded(tmp_path, monkeypatch):
     assert open_sealed(path, sha256).read("model.safetensors")
 
 
+@pytest.mark.fault("G6")
 def test_a_late_file_is_waited_for(tmp_path, monkeypatch):
     """A network filesystem may show a file seconds after it was announced."""
     path, sha256 = publish(tmp_path)
@@ -109,6 +115,7 @@ def test_only_this_runs_signature_opens_a_checkpoint(tmp_path):
         open_sealed(path, key=b"theirs")
 
 
+@pytest.mark.fault("O4")
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", ".hidden", "a" * 80, "a b", ""])
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
     path = tmp_path / "s00000001.i0001"
@@ -120,6 +127,7 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
         open_sealed(path)
 
 
+@pytest.mark.fault("O4")
 def test_a_symbolic_link_is_not_followed(tmp_path):
     path, sha256 = publish(tmp_path)
     (path / "model.safetensors").rename(tmp_path / "elsewhere")

@@ -41,7 +41,7 @@ def _in_completion(item: Completion, max_tokens: int, vocabulary: int, reference
         return "reference log-probs are missing" if reference else "reference log-probs were not asked for"
     if item.ref_logprobs is not None and not _logprobs(unpack(item.ref_logprobs), len(tokens)):
         return "reference log-probs are not finite, not negative, or not one for each token"
-    if not np.isfinite(item.reward):
+    if not np.isfinite([item.reward, *(value for value in item.rewards.values() if value is not None)]).all():
         return "reward is not finite"
     ends = [0, *(span.end for span in item.spans)]
     if [span.start for span in item.spans] != ends[:-1] or ends[-1] != len(tokens) or sorted(ends) != ends:

@@ -37,6 +37,8 @@ from trainer.ranks import Ranks
 log = logging.getLogger(__name__)
 
 TAG = "ds"
+PATIENCE_S = 10.0
+"""For a network filesystem that answers badly for a moment."""
 
 
 class State(Struct, frozen=True, kw_only=True):
@@ -151,7 +153,7 @@ class Checkpoints:
         found = listed(self._rundir.checkpoints)
         for path in reversed(found):
             try:
-                return open_sealed(path, key=self._keys.checkpoint).verified()
+                return open_sealed(path, key=self._keys.checkpoint, patience_s=PATIENCE_S).verified()
             except Corrupt as error:
                 log.error("skipped checkpoint %s: %s", path.name, error)
         if found:

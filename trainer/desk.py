@@ -34,10 +34,10 @@ from trainer.ledger import Ledger
 log = logging.getLogger(__name__)
 
 MAX_INVALID = 20
-"""Unsound groups after which a sampler is sent away."""
+"""Unsound groups in a row after which a sampler is sent away."""
 
 MAX_QUARANTINED = 10
-"""Groups set aside after which the run stops, unless ten times as many went well."""
+"""Groups that nobody could answer after which the run stops, unless ten times as many went well."""
 
 Letters = list[tuple[bytes, Down]]
 
@@ -53,7 +53,8 @@ class Sampler:
     snapshot: str | None = None
     want: int = 0
     progress: int = 0
-    invalid: int = 0
+    moved: float = 0.0
+    """When it last made progress, or held nothing to make progress with."""
 
 
 @dataclass(slots=True)
@@ -73,6 +74,8 @@ class Desk:
     """A sampler could not read the announced snapshot."""
     banned: set[str] = field(default_factory=set)
     """Sessions that were sent away."""
+    unsound: dict[str, int] = field(default_factory=dict)
+    """By session, however often it says hello: unsound groups since its last sound one; none before the first."""
     counts: dict[str, int] = field(default_factory=dict)
     """Groups by the status they were acknowledged with, and other things worth a number."""
 
@@ -156,7 +159,7 @@ class Desk:
             self.open_ledger(hello.train.rows)
         if hello.session not in self.samplers:
             log.info("sampler %s joined (%s)", hello.session, hello.versions)
-        self.samplers[hello.session] = Sampler(peer=peer, seen=now)
+        self.samplers[hello.session] = Sampler(peer=peer, seen=now, moved=now)
         letters: Letters = [(peer, Welcome(incarnation=self.incarnation))]
         return letters + [(peer, message) for message in (self.stop or self.pulse,) if message]
 
@@ -175,6 +178,8 @@ class Desk:
 
     def _beat(self, beat: Beat, sampler: Sampler, now: float) -> Letters:
         moved = beat.progress != sampler.progress
+        if moved or not beat.held:
+            sampler.moved = now
         sampler.snapshot, sampler.want, sampler.progress = beat.snapshot, beat.want, beat.progress
         for split, ledger in (("train", self.train), ("eval", self.exam)):
             if ledger:
@@ -188,6 +193,8 @@ class Desk:
         ledger, split = (self.exam, "eval") if self.exam else (self.train, "train")
         if sampler is None or ledger is None or self.stop:
             return []
+        if now - sampler.moved > self.recipe.network.lease_s:
+            return []  # its engine stands still: what was taken from it is for others
         items = ledger.grant(session, sampler.snapshot, sampler.want // self._size(split), now)
         sampler.want -= len(items) * self._size(split)
         return [(sampler.peer, Lease(split=split, items=items))] if items else []
@@ -198,16 +205,17 @@ class Desk:
         if ledger is None:
             status = "unknown"
         elif why:
-            status = "invalid"
-            ledger.fail(group.session, group.group_id, why)
-            sampler.invalid += 1
+            status, before = "invalid", self.unsound.get(group.session)
+            ledger.fail(group.session, group.group_id, why, trusted=before == 0)
+            self.unsound[group.session] = (before or 0) + 1
         else:
             status = ledger.offer(group)
+            self.unsound[group.session] = 0
         sampler.want += self._size(group.split)
         self._count(f"{group.split}/{status}")
         if status not in ("accepted", "duplicate"):
             log.warning("%s group %d from %s: %s %s", group.split, group.group_id, group.session, status, why or "")
-        if sampler.invalid >= MAX_INVALID:
+        if self.unsound.get(group.session, 0) >= MAX_INVALID:
             self.banned.add(group.session)
             self._lose(group.session, f"sent {MAX_INVALID} unsound groups, the last one: {why}")
         return Ack(split=group.split, group_id=group.group_id, status=status, why=why or "")
@@ -230,8 +238,8 @@ class Desk:
         log.warning("%s group %d failed: %s", failure.split, failure.group_id, failure.why)
         ledger = self.train if failure.split == "train" else self.exam
         if ledger:
-            ledger.fail(failure.session, failure.group_id, failure.why)
-            bad, done = len(ledger.quarantined), ledger.done_count() + len(ledger.ready)
+            ledger.fail(failure.session, failure.group_id, failure.why, number=failure.number)
+            bad, done = ledger.given_up(), ledger.done_count() + len(ledger.ready)
             if bad >= MAX_QUARANTINED and done < 10 * bad:
                 raise BrokenGroups(f"{bad} of {done} groups could not be answered, the last one: {failure.why}")
         self._count(f"{failure.split}/failed")

@@ -9,15 +9,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Self
 
 import msgspec
 
 from protocol import codec
 from protocol.channel import Hub
-from protocol.errors import RunError, StorageError
+from protocol.errors import RunError, StorageError, Superseded
 from protocol.messages import Group, Pulse, Stop
+from protocol.rundir import RunDir
 from protocol.snapshot import Corrupt, open_sealed
 from trainer.desk import Desk, Letters
 from trainer.ranks import Ranks
@@ -37,10 +37,10 @@ class Inbox:
     """
 
     def __init__(
-        self, ranks: Ranks, desk: Desk | None, hub: Hub | None, stop: threading.Event, snapshots: Path
+        self, ranks: Ranks, desk: Desk | None, hub: Hub | None, stop: threading.Event, rundir: RunDir
     ) -> None:
         self._ranks, self._desk, self._hub, self._stopping = ranks, desk, hub, stop
-        self._snapshots = snapshots
+        self._rundir = rundir
         self.broken: StorageError | None = None
         self._changed = threading.Condition()
         self._closing = threading.Event()
@@ -117,6 +117,7 @@ class Inbox:
             figures["samplers"] = float(len(samplers))
             figures["sampler/tokens"] = float(sum(sampler.progress for sampler in samplers))
             figures["malformed"] = float(self._hub.malformed) if self._hub else 0.0
+            figures["unsent"] = float(self._hub.unsent) if self._hub else 0.0
             figures["quarantined"] = float(len(self._desk.train.quarantined)) if self._desk.train else 0.0
             return figures
 
@@ -162,7 +163,7 @@ class Inbox:
         """Rank 0: up to TURN_S for groups. Other ranks come to the meeting at once and wait there."""
         if self._desk is None:
             return None
-        self._look_at_doubted()
+        self._look_around()
         deadline = time.monotonic() + TURN_S
         with self._changed:
             while not self._stopping.is_set() and self._failure is None:
@@ -174,15 +175,21 @@ class Inbox:
                     break
         return None
 
-    def _look_at_doubted(self) -> None:
-        """A sampler cannot read the announced weights. If we cannot either, a new start must publish them again."""
+    def _look_around(self) -> None:
+        """What only the disk tells: a newer trainer, whose samplers will not come back to this one; a spoiled snapshot.
+
+        A sampler doubted the announced one. If we cannot read it either, a new start must publish the weights again.
+        """
         assert self._desk is not None
         with self._changed:
-            pulse, self._desk.doubted = self._desk.pulse if self._desk.doubted else None, False
-        if pulse is None:
-            return
+            doubted, self._desk.doubted = self._desk.pulse if self._desk.doubted else None, False
         try:
-            open_sealed(self._snapshots / pulse.snapshot, pulse.manifest_sha256).verified()
+            self._rundir.refuse_if_superseded(self._desk.incarnation)
+            if doubted:
+                path = self._rundir.snapshots / doubted.snapshot
+                open_sealed(path, doubted.manifest_sha256, patience_s=TURN_S).verified()
+        except Superseded as error:
+            self._failure = error
         except Corrupt as error:
             self.broken = StorageError(f"{error}; checkpoint saved: start the trainer again, it publishes anew")
             self._stopping.set()

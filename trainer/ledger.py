@@ -59,6 +59,8 @@ class Ledger:
         self.quarantined: dict[int, str] = {}
         self._tries: dict[int, int] = {}
         self._retry: list[int] = []
+        self._doubted: list[int] = []
+        self._heard: set[tuple[str, int]] = set()
         self._fresh = first
         self._orders: dict[int, list[int]] = {}
 
@@ -93,14 +95,26 @@ class Ledger:
                 self._requeue(group_id)
             return "stale"
         self.ready[group_id] = group
+        while self._doubted:
+            self._requeue(self._doubted.pop())
         return "accepted"
 
-    def fail(self, session: str, group_id: int, why: str) -> None:
-        """A lease that its sampler could not answer; tried again, and set aside after MAX_TRIES."""
+    def fail(self, session: str, group_id: int, why: str, *, number: int = 0, trusted: bool = True) -> None:
+        """A lease that its sampler could not answer; tried again, and set aside after MAX_TRIES.
+
+        number: of the failure in its session; heard again, it is no other try (0: each counts). Not trusted: the
+        sampler itself may be the reason. Then this is no try, and other groups come first, so that a sound answer
+        to one of them can tell.
+        """
         lease = self.leases.get(group_id)
-        if lease is None or lease.session != session:
+        if lease is None or lease.session != session or (session, number) in self._heard:
             return
+        if number:
+            self._heard.add((session, number))
         del self.leases[group_id]
+        if not trusted:
+            self._doubted.append(group_id)
+            return
         self._tries[group_id] = self._tries.get(group_id, 0) + 1
         if self._tries[group_id] >= MAX_TRIES:
             self.quarantined[group_id] = why
@@ -181,7 +195,7 @@ class Ledger:
     def state(self) -> dict:
         return {
             "step": self.step,
-            "lineage": self.lineage,
+            "lineage": dict(self.lineage),
             "done_below": self.done_below,
             "done_above": sorted(self.done_above),
             "quarantined": {str(group_id): why for group_id, why in self.quarantined.items()},
@@ -213,6 +227,10 @@ class Ledger:
     def done_count(self) -> int:
         return self.done_below - self.first + len(self.done_above)
 
+    def given_up(self) -> int:
+        """Groups that failed MAX_TRIES times since this trainer began."""
+        return sum(tries >= MAX_TRIES for tries in self._tries.values())
+
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _slot_step(self) -> int:
@@ -235,6 +253,10 @@ class Ledger:
             self._fresh += 1
             if self._open(self._fresh - 1):
                 return self._fresh - 1
+        while self._doubted:
+            group_id = self._doubted.pop(0)
+            if self._open(group_id):
+                return group_id
         return None
 
     def _open(self, group_id: int) -> bool:

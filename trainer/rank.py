@@ -57,13 +57,13 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
         tokenizer = load_tokenizer(directory)
         agreement = agree(keys.run_id, directory, tokenizer, recipe)
         desk = Desk(recipe=recipe, agreement=agreement, incarnation=incarnation) if ranks.first else None
-        with Inbox(ranks, desk, hub, stop, rundir.snapshots) as inbox:
+        with Inbox(ranks, desk, hub, stop, rundir) as inbox:
             policy = make_policy(recipe, directory, ranks)
             checkpoints = Checkpoints(rundir, keys, ranks, incarnation, agreement.model)
             restore(checkpoints.resume(policy), desk, inbox)
             if ranks.first:
-                sweep(rundir.snapshots)
-                sweep(rundir.checkpoints)
+                sweep(rundir.snapshots, incarnation)
+                sweep(rundir.checkpoints, incarnation)
             publisher = Publisher(rundir, keys.run_id, incarnation, tokenizer)
             store = Store(rundir, publisher, checkpoints, recipe.trainer, first=ranks.first)
             inbox.commit(store.publish(policy), policy.steps_done)
