@@ -1,11 +1,14 @@
 # `make demo` watches a model learn, `make test` runs every test. Both install what they need into .venv first;
-# the next call starts at once. Another Python: `make demo PYTHON=python3.12`.
+# the next call starts at once. Another Python: `make demo PYTHON=python3.12`. `make chaos FAULTS=1000 SEEDS=100000`
+# tries to make a run lose something.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 READY := .venv/ready
+FAULTS ?= 200
+SEEDS ?= 2000
 
-.PHONY: demo test test-fast check clean
+.PHONY: demo test test-fast chaos check clean
 
 demo: $(READY)
 	@$(RUN) -m launch recipes/demo.toml --fresh
@@ -15,6 +18,11 @@ test: $(READY)
 
 test-fast: $(READY)
 	@$(RUN) -m pytest -ra -m "not slow"
+
+# Real processes under random faults, and simulated histories: as long as you like.
+chaos: $(READY)
+	@$(RUN) -m tests.chaos --faults $(FAULTS)
+	@$(RUN) -m tests.simulation --seeds $(SEEDS)
 
 check: $(READY)
 	@$(RUN) -m ruff check .

@@ -20,6 +20,8 @@ from protocol.snapshot import listed
 
 GRACE_S = 600.0
 """For the trainer's last checkpoint; a second Ctrl-C does not wait for it."""
+RESTART = {71, 73}
+"""Exit codes of expected failures after which a worker is started again, as after a crash."""
 FINAL = {2, 3, 66, 69, 72, 74, 75, 76}
 """Exit codes after which a new start would fail again."""
 MAX_RESTARTS, WINDOW_S = 5, 600.0
@@ -70,7 +72,7 @@ class Worker:
         end(self.process, 0.0)  # nothing of the old one may be left beside the new one
         told = failure(self.run, self.name)  # behind DeepSpeed's launcher the exit code itself may be lost
         code, last = told or (code, last_words(self.log, self.offset))
-        if code in FINAL:
+        if code in FINAL or (not told and code not in RESTART and last.startswith("error: ")):
             raise Ended(f"the {self.name} ended: {last.removeprefix('error: ')}; see {self.log}", code)
         now = time.monotonic()
         self.restarts = [then for then in self.restarts if now - then < WINDOW_S] + [now]

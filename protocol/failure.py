@@ -34,7 +34,7 @@ ADVICE = {
     73: f"Free space, or mend the disk or its permissions. {AGAIN}",
     74: "Restore a checkpoint from a backup, or start over in a new run directory.",
     75: "Nothing: a newer trainer has taken over this run.",
-    76: "Lower optimizer.learning_rate, look at quarantine/ and at the last steps in metrics/trainer.jsonl, start anew.",
+    76: "Lower optimizer.learning_rate, look at quarantine/ and metrics/trainer.jsonl, start again.",
 }
 
 

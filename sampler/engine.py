@@ -75,6 +75,11 @@ class Engine:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self._llm.shutdown)
 
+    @property
+    def dead(self) -> bool:
+        """vLLM's process is gone. Requests then fail, but calls into its workers never come back."""
+        return self._llm.errored
+
     async def generate(self, prompt: np.ndarray, *, count: int, temperature: float) -> list[Sampled]:
         """`count` completions of one prompt [m]. Raises EngineDead.
 

@@ -82,11 +82,11 @@ async def serve(
         engine = make_engine(recipe, directory, rundir.snapshots, gpu=gpu, seed=recipe.seed + index)
         size = {"train": recipe.sampling.group_size, "eval": recipe.eval.samples}
 
-        pulse = Heartbeat(recipe.network.lease_s)
+        heartbeat = Heartbeat(recipe.network.lease_s)
 
         def load(held: set[Work]) -> Load:
             """Twice what the engine decodes at a time: it never runs dry between two leases."""
-            pulse.feel(engine.tokens, engine.running)
+            heartbeat.feel(engine)
             free = max(2 * recipe.sampler.max_running, recipe.sampling.group_size) - sum(size[kind] for kind, _ in held)
             return Load(engine.weights.snapshot, max(0, free), engine.tokens)
 
@@ -111,18 +111,20 @@ async def serve(
 
 
 class Heartbeat:
-    """Ends a sampler whose engine is asked for tokens and gives none: its leases would come back to it for ever."""
+    """Ends a sampler whose engine is dead, or is asked for tokens and gives none: nobody else may be told so."""
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s, self._tokens, self._moved = patience_s, -1, time.monotonic()
 
-    def feel(self, tokens: int, running: int) -> None:
-        """tokens: sampled so far. running: requests not answered. Raises EngineDead."""
+    def feel(self, engine: Engine) -> None:
+        """Asked at every beat. Raises EngineDead."""
         now = time.monotonic()
-        if tokens != self._tokens or not running:
-            self._tokens, self._moved = tokens, now
+        if engine.dead:
+            raise EngineDead("vLLM died; its own message is above")
+        if engine.tokens != self._tokens or not engine.running:
+            self._tokens, self._moved = engine.tokens, now
         elif now - self._moved > self._patience_s:
-            raise EngineDead(f"the engine has {running} requests and gave no token for {now - self._moved:.0f} s")
+            raise EngineDead(f"vLLM has {engine.running} requests and gave no token for {now - self._moved:.0f} s")
 
 
 async def report(metrics: MetricsWriter, engine: Engine, rewards: RewardPool) -> None:

@@ -74,6 +74,9 @@ class Weights:
                     raise
                 log.warning("%s; a newer one follows", error)
                 return
+            except asyncio.CancelledError:  # this sampler ends: the reading thread must not wait for a slow disk
+                self._wanted = None
+                raise
             self._checked.clear()
             await self._engine.switch(apply, pulse.snapshot)
             await self._check(sealed)

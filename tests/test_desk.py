@@ -282,3 +282,80 @@ def test_an_answer_whose_acknowledgement_was_lost_is_sent_again_and_counts_once(
     assert exchange(resent - 1.0) == []
     assert exchange(resent) == ["duplicate"]
     assert exchange(99.0) == [] and list(desk.train.ready) == [group_id]
+
+
+# -- who is to blame, and for what: found by tests/simulation ----------------------------------------------------
+
+
+@pytest.mark.fault("I8")
+def test_a_sampler_alone_that_never_sent_a_sound_group_sets_none_aside(desk):
+    desk.on(b"p", HELLO, 0.0)
+    desk.on(b"p", beat(want=2), 1.0)
+    for _ in range(MAX_INVALID):
+        desk.on(b"p", unsound(desk, "one", next(iter(desk.train.leases))), 1.0)
+    assert desk.counts["train/invalid"] == MAX_INVALID and not desk.train.quarantined
+    trained = run_until(desk, 15, sound, sessions=("two",))
+    assert set(range(MAX_INVALID)) < set(trained) and len(set(trained)) == 30  # what it spoiled, and more
+
+
+@pytest.mark.fault("I8")
+def test_saying_hello_again_does_not_make_unsound_groups_forgotten(desk):
+    for number in range(MAX_INVALID):
+        assert not desk.banned, number
+        desk.on(b"p", HELLO, 0.0)
+        desk.on(b"p", beat(want=2), 1.0)
+        desk.on(b"p", unsound(desk, "one", next(iter(desk.train.leases))), 1.0)
+    assert desk.banned == {"one"}
+
+
+@pytest.mark.fault("K3")
+def test_a_failure_that_is_sent_again_and_again_is_one_try(desk):
+    """Its sampler hears no ack, while the trainer leases the group to it again."""
+    desk.on(b"p", HELLO, 0.0)
+    desk.on(b"p", beat(want=2), 0.0)
+    failure = Failure(session="one", split="train", group_id=0, why="timeout", number=1)
+    for now in range(1, 100, 10):
+        assert said(desk.on(b"p", failure, now))[0].status == "failed"
+        desk.on(b"p", beat(want=2, held=[("train", 0)]), now)
+    assert not desk.train.quarantined and desk.train.leases[0].session == "one"
+
+
+@pytest.mark.fault("J1")
+def test_steps_that_were_not_finite_do_not_count_as_groups_that_nobody_can_answer(desk):
+    run_until(desk, 1, sound, sessions=("one",))
+    for _ in range(MAX_QUARANTINED):
+        desk.on(b"p", beat(snapshot=desk.pulse.snapshot), 5.0)
+        for group_id in list(desk.train.leases):
+            desk.on(b"p", sound(desk, "one", group_id), 5.0)
+        assert desk.train.take(2)
+        desk.train.set_aside("step 2 was not finite")
+    assert len(desk.train.quarantined) >= MAX_QUARANTINED
+    desk.on(b"p", beat(snapshot=desk.pulse.snapshot), 6.0)
+    group_id = next(iter(desk.train.leases))
+    desk.on(b"p", Failure(session="one", split="train", group_id=group_id, why="timeout", number=1), 6.0)  # no raise
+
+
+@pytest.mark.fault("C5")
+def test_what_is_taken_from_an_engine_that_stands_still_is_given_to_another(desk):
+    """And not to the same one, although it is asked first and wants more."""
+    desk.on(b"p", HELLO, 0.0)
+    desk.on(b"p", beat(), 0.0)
+    desk.on(b"q", msgspec.structs.replace(HELLO, session="two"), 0.0)
+    given, now = [], 0.0
+    while not given:
+        now += 5.0
+        assert now < 2 * desk.recipe.network.lease_s
+        held = [("train", group_id) for group_id in range(4)]
+        letters = desk.on(b"p", beat(held=held), now) + desk.on(b"q", beat("two"), now) + desk.tick(now)
+        given = [peer for peer, message in letters if isinstance(message, Lease)]
+    assert set(given) == {b"q"} and {lease.session for lease in desk.train.leases.values()} == {"two"}
+
+
+def test_a_session_numbers_its_failures_and_keeps_the_number_when_it_sends_one_again(desk):
+    session = Session(desk.recipe.network, AGREED, {"train": ROWS, "eval": HELLO.eval}, lambda _: Load(None, 0, 0), {})
+    session.on(Welcome(incarnation=1))
+    for group_id in (4, 2):
+        session.answer(Failure(session=session.name, split="train", group_id=group_id, why="timeout"))
+    for now in (0.0, desk.recipe.network.resend_s):
+        sent = [message for message in session.due(now) if isinstance(message, Failure)]
+        assert [(message.group_id, message.number) for message in sent] == [(4, 1), (2, 2)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from policy.canary import canary_sequences
@@ -25,13 +26,19 @@ pytestmark = pytest.mark.slow
 PROMPT = np.frombuffer(b"What is two plus two?", np.uint8).astype(np.int32)
 
 
-def publish(model_directory: Path, snapshots: Path, step: int, canary_of: Path | None = None) -> Pulse:
-    """A full snapshot as the trainer writes it; `canary_of` lets it lie about the weights."""
+def publish(
+    model_directory: Path, snapshots: Path, step: int, canary_of: Path | None = None, without: str | None = None
+) -> Pulse:
+    """A full snapshot as the trainer writes it; `canary_of` lets it lie about the weights, `without` skips a tensor."""
     name = snapshot_id(step, 1)
     tokens = canary_sequences(load_tokenizer(model_directory))
     scores = [logprobs(canary_of or model_directory, row[:1], [row[1:]])[0].tolist() for row in tokens]
     with staging(snapshots, name) as aside:
         shutil.copytree(model_directory, aside, dirs_exist_ok=True)
+        if without:
+            tensors = load_file(aside / "model.safetensors")
+            del tensors[without]
+            save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
         manifest = Manifest(
             kind="full",
             run_id="r",
@@ -155,6 +162,22 @@ def test_a_manifest_that_was_not_announced_is_refused(running, monkeypatch):
         running.call(running.engine.weights.load(Pulse(snapshot=snapshot_id(6, 1), manifest_sha256="0" * 64)))
 
 
+@pytest.mark.fault("G12")
+@pytest.mark.parametrize(
+    "without", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_a_tensor_that_was_skipped_is_noticed(running, without):
+    """The files are as announced and vLLM loads them without a word."""
+    model = make_model(running.model.parent / f"skipped-{without}", seed=20 + len(without))
+    if without == "model.norm.weight":  # made of ones: another seed does not change it
+        tensors = load_file(model / "model.safetensors")
+        save_file(tensors | {without: tensors[without] * 1.5}, model / "model.safetensors", metadata={"format": "pt"})
+    step = 20 + len(without)
+    with pytest.raises(WrongWeights, match="differ by"):
+        running.call(running.engine.weights.load(publish(model, running.snapshots, step, without=without)))
+
+
+@pytest.mark.fault("G12")
 def test_weights_that_compute_something_else_than_the_trainers_are_refused(running):
     """A skipped tensor, an adapter that was not applied: loads perfectly, samples nonsense."""
     lie = publish(running.model, running.snapshots, 7, canary_of=differently_trained(running, 2))

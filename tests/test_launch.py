@@ -12,6 +12,7 @@ import pytest
 from launch.local import MAX_RESTARTS, CrashLoop, Worker, last_words, share_gpus, unused
 from launch.progress import Progress, duration
 from protocol.errors import RunError, UserError
+from protocol.failure import write_failure
 from protocol.intervals import wilson
 from protocol.metrics import MetricsWriter
 from protocol.process import end, start
@@ -54,6 +55,7 @@ def test_a_worker_that_ends_well_has_ended_only_when_the_run_is_complete(tmp_pat
     assert until_it_ends(one) is True
 
 
+@pytest.mark.fault("A15")
 @pytest.mark.parametrize("death", ["os.kill(os.getpid(), 9)", "1 / 0", "sys.exit(71)"])
 def test_a_worker_that_crashes_is_started_again_so_many_times(tmp_path, death, capsys):
     one = worker(tmp_path, f"import os, sys; {death}")
@@ -67,6 +69,20 @@ def test_a_worker_that_crashes_is_started_again_so_many_times(tmp_path, death, c
 def test_a_users_mistake_ends_the_run_with_its_own_line(tmp_path):
     with pytest.raises(RunError, match="no such model"):
         until_it_ends(worker(tmp_path, "import sys; print('error: no such model'); sys.exit(1)"))
+
+
+@pytest.mark.parametrize(("code", "again"), [(1, True), (71, True), (73, True), (2, False), (74, False), (76, False)])
+def test_what_the_process_wrote_decides_and_not_the_code_that_a_launcher_lost(tmp_path, code, again):
+    (tmp_path / "logs").mkdir()
+    one = worker(tmp_path, "import sys; sys.exit(1)")
+    write_failure(tmp_path, "sampler engine 0", code, "it broke, and says why", ["a last line"])
+    if again:
+        assert until_it_ends(one) is False
+    else:
+        with pytest.raises(RunError, match="it broke, and says why") as caught:
+            until_it_ends(one)
+        assert caught.value.exit_code == code
+    end(one.process, 0.0)
 
 
 def test_the_last_words_are_the_ones_that_say_most(tmp_path):

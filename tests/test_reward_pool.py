@@ -13,6 +13,7 @@ import pytest
 
 from protocol.errors import UserError
 from protocol.recipe import Reward
+from sampler.rewards import process
 from sampler.rewards.pool import RewardFailed, RewardPool, Score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,38 @@ def forks(completions, pids, **columns):
     with open(pids[0], "a") as file:
         file.write(f"{os.getpid()}\\n")
     time.sleep(60)
+
+def chain(completions, pids, **columns):
+    if os.fork():
+        time.sleep(60)
+    begin = time.monotonic()
+    while time.monotonic() < begin + 20:
+        os.setsid()
+        with open(pids[0], "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        if os.fork():
+            os._exit(0)
+        time.sleep(0.002)
+    os._exit(0)
+
+def deserter(completions, pids, **columns):
+    child = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    with open(pids[0], "w") as file:
+        file.write(str(child.pid))
+    os._exit(3)
+
+def crowd(completions, pids, **columns):
+    children = [subprocess.Popen(["sleep", "300"], start_new_session=True) for _ in range(30)]
+    with open(pids[0], "w") as file:
+        file.write(" ".join(str(child.pid) for child in children))
+    time.sleep(60)
+
+def endless_file(completions, **columns):
+    with open("large", "w") as file:
+        file.truncate(1 << 40)  # a hole, if it were allowed
+
+def handles(completions, **columns):
+    raise ValueError([os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")[:-1]])
 
 def text(completions, **columns):
     return ["1.0" for _ in completions]
@@ -288,6 +321,48 @@ def test_a_storm_of_forks_ends_with_the_function(mine, tmp_path):
     assert all(gone(pid) for pid in storm)
 
 
+@pytest.mark.fault("K2")
+@pytest.mark.parametrize("attempt", range(3))
+def test_who_forks_and_exits_all_the_time_ends_with_the_function(mine, tmp_path, attempt):
+    """Each process in a session of its own; while one is left, the file grows."""
+    pids = tmp_path / "pids"
+    assert failure(Reward(function=f"{mine}:chain", timeout_s=1.5), columns={"pids": str(pids)}).kind == "timeout"
+    chain = pids.read_text().split()
+    time.sleep(0.3)
+    assert pids.read_text().split() == chain
+    assert len(chain) > 3
+    assert all(gone(int(pid)) for pid in chain)
+
+
+@pytest.mark.fault("K2")
+def test_a_child_of_a_function_that_ended_its_own_process_dies_too(mine, tmp_path):
+    pids = tmp_path / "pids"
+    failed = failure(Reward(function=f"{mine}:deserter"), columns={"pids": str(pids)})
+    assert failed.why == "the process ended (exit code 3)"
+    assert gone(int(pids.read_text()))
+
+
+@pytest.mark.fault("K2")
+def test_too_many_processes_end_the_function_before_its_deadline(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "MAX_PROCESSES", 20)
+    pids = tmp_path / "pids"
+    failed = failure(Reward(function=f"{mine}:crowd", timeout_s=60), columns={"pids": str(pids)})
+    assert failed.kind == "error"
+    assert "more than 20 processes" in failed.why
+    assert all(gone(int(pid)) for pid in (pids.read_text().split() if pids.exists() else []))
+
+
+def test_processes_that_cannot_be_ended_are_a_warning_and_the_worker_still_ends(mine, monkeypatch, caplog):
+    async def in_vain(worker: int) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(process, "end_descendants", in_vain)
+    monkeypatch.setattr(process, "KILL_S", 1.0)
+    worker = int(score([Reward(function=f"{mine}:identity")]).rewards[0])
+    assert "do not end" in caplog.text
+    assert gone(worker)
+
+
 def test_an_error_keeps_the_worker_and_a_cancelled_call_does_not(mine):
     rewards = [Reward(function=f"{mine}:identity"), Reward(function=f"{mine}:slow_for")]
 
@@ -309,6 +384,7 @@ def test_an_error_keeps_the_worker_and_a_cancelled_call_does_not(mine):
     assert gone(int(kept))
 
 
+@pytest.mark.fault("K5")
 def test_prints_of_a_function_reach_neither_the_protocol_nor_its_empty_stdin(mine, capfd):
     assert score([Reward(function=f"{mine}:chatty")]).rewards == [0.0, 0.0]
     written = capfd.readouterr()
@@ -316,14 +392,38 @@ def test_prints_of_a_function_reach_neither_the_protocol_nor_its_empty_stdin(min
     assert written.out == ""
 
 
+@pytest.mark.fault("K5")
 def test_the_functions_environment_holds_no_secret_and_no_file(mine, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("WANDB_API_KEY", "secret_too")
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DATABASE_URL", "SSH_AUTH_SOCK"):
+        monkeypatch.setenv(name, "secret")
     why = failure(Reward(function=f"{mine}:seen")).why
     assert "PATH" in why
     assert "secret" not in why
     assert os.getcwd() not in why.rpartition("}")[2]
     assert "[]]" in why
+
+
+@pytest.mark.fault("K5")
+def test_no_open_file_of_the_sampler_reaches_a_function(mine, tmp_path):
+    with open(tmp_path / "secret", "w") as file:
+        os.set_inheritable(file.fileno(), True)
+        why = failure(Reward(function=f"{mine}:handles")).why
+    assert "/dev/null" in why
+    assert "secret" not in why
+
+
+@pytest.mark.fault("K5")
+def test_no_file_of_a_function_grows_without_end(mine):
+    assert "File too large (mine.py:" in failure(Reward(function=f"{mine}:endless_file")).why
+
+
+@pytest.mark.fault("K5")
+def test_a_completion_that_is_code_is_text_to_the_built_in_functions(tmp_path):
+    code = f"__import__('os').system('touch {tmp_path}/run')"
+    said = [text.format(code) for text in ("#### {}", "<answer>{}</answer>", "\\boxed{{{}}}", "<answer>$({})</answer>")]
+    got = score([Reward(function="gsm8k"), Reward(function="format")], said, {"answer": "#### 987654321"})
+    assert got.by_function["gsm8k"] == [0.0] * 4
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_groups_are_scored_side_by_side_by_as_many_workers(mine):

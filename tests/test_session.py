@@ -189,6 +189,7 @@ def test_a_sampler_of_another_model_is_refused_with_the_reason(rundir, ranks):
     assert isinstance(sampler.error, Rejected) and "model differs" in str(sampler.error)
 
 
+@pytest.mark.fault("N5")
 def test_a_sampler_without_a_trainer_gives_up_after_its_grace(rundir):
     sampler = FakeEngine(rundir)
     sampler.start()

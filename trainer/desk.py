@@ -6,7 +6,7 @@
 import logging
 from dataclasses import dataclass, field
 
-from protocol.errors import RunError
+from protocol.errors import UserError
 from protocol.messages import (
     Ack,
     Agreement,
@@ -42,7 +42,7 @@ MAX_QUARANTINED = 10
 Letters = list[tuple[bytes, Down]]
 
 
-class BrokenGroups(RunError):
+class BrokenGroups(UserError):
     """Groups fail again and again: a reward function or the data is broken, and training on the rest would hide it."""
 
 
@@ -193,7 +193,7 @@ class Desk:
         ledger, split = (self.exam, "eval") if self.exam else (self.train, "train")
         if sampler is None or ledger is None or self.stop:
             return []
-        if now - sampler.moved > self.recipe.network.lease_s:
+        if now - sampler.moved >= self.recipe.network.lease_s:
             return []  # its engine stands still: what was taken from it is for others
         items = ledger.grant(session, sampler.snapshot, sampler.want // self._size(split), now)
         sampler.want -= len(items) * self._size(split)

@@ -20,6 +20,9 @@ from trainer.store import Store
 
 log = logging.getLogger(__name__)
 
+MAX_MISMATCH = 0.3
+"""Mean |log-prob of the trainer - log-prob of the sampler| in nats; measured: 5e-6 in float32, 0.03 in bfloat16."""
+
 
 class Record:
     """Adds up what the ranks measured; the first rank writes."""
@@ -27,6 +30,7 @@ class Record:
     def __init__(self, writer: MetricsWriter, ranks: Ranks, store: Store) -> None:
         self._writer, self._ranks, self._store = writer, ranks, store
         self._sums: dict[str, float] = {}
+        self._apart = 0
         self._since = time.monotonic()
         self._before = {"waited": 0.0, "stored": store.spent_s, "sampled": 0.0}
 
@@ -61,8 +65,19 @@ class Record:
             "train/tokens_per_s": batch.figures["train/tokens"] / max(1e-9, spent - waited - stored),
             "sampler/tokens_per_s": max(0.0, sampled) / max(1e-9, spent),
         }
+        self._watch_mismatch(figures["sampling/sampling_logp_difference/mean"])
         self._writer.write({"kind": "step", "step": policy.steps_done, "groups": batch.group_ids, **figures})
         log.info("%s", line(policy.steps_done, policy.recipe.trainer.steps, figures))
+
+    def _watch_mismatch(self, gap: float) -> None:
+        """Log-probs that are plausible and wrong: rounding and a few steps of staleness stay far below the limit."""
+        self._apart = self._apart + 1 if gap > MAX_MISMATCH else 0
+        if self._apart >= 3:
+            log.error(
+                "sampler and trainer disagree by %.2f nats a token for %d steps (expected: below %.1f): the update is "
+                "off-policy; compare the versions on both sides, lower max_staleness or the learning rate",
+                gap, self._apart, MAX_MISMATCH,
+            )  # fmt: skip
 
     def skipped(self, policy: Policy, batch: Batch) -> None:
         """A step that was not finite: what was measured is of no use."""

@@ -10,7 +10,8 @@ object a line, on stdin and stdout:
     <- {"values": [number or null, ...]}          or  {"error": "Type: text (file.py:12)"}
 
 User code sees neither pipe: its stdin is empty, its prints go to stderr. This limits damage; it is
-no sandbox.
+no sandbox. Memory and the size of a file have limits of the kernel; the number of processes is
+counted from outside (sampler/rewards/family.py says why).
 """
 
 import asyncio
@@ -32,14 +33,17 @@ from protocol.errors import UserError
 from sampler.rewards.loader import GIVEN, accepted, file_of, load, required, where
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+MAX_FILE_BYTES = 16 << 30
+"""A write beyond is an OSError: no file gets endless. Large, as stderr may be the log of a long run."""
 
 
 def main() -> None:
     die_with(int(sys.argv[1]))
     requests, replies = private_pipes()
     start = json.loads(requests.readline())
-    resource.setrlimit(resource.RLIMIT_DATA, (start["memory"], start["memory"]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit(resource.RLIMIT_DATA, start["memory"])
+    limit(resource.RLIMIT_FSIZE, MAX_FILE_BYTES)
+    limit(resource.RLIMIT_CORE, 0)
     sys.path.extend(start["paths"])
     try:
         calls = [Call(**item, run=load(**item)) for item in start["rewards"]]
@@ -97,6 +101,13 @@ def die_with(parent: int) -> None:
         sys.exit("the sampler ended before its reward worker began")
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # out of memory: the kernel takes this process, not the engine
+
+
+def limit(what: int, most: int) -> None:
+    """At most `most`, or what was set before if that is less."""
+    soft, _ = resource.getrlimit(what)
+    most = most if soft == resource.RLIM_INFINITY else min(most, soft)
+    resource.setrlimit(what, (most, most))
 
 
 def private_pipes() -> tuple[IO[str], IO[str]]:

@@ -1,5 +1,6 @@
 """python -m tests.chaos --faults 1000     a campaign: runs under random faults until so many were survived
 python -m tests.chaos --rows            the rows of docs/reliability.md that need processes, one after the other
+python -m tests.chaos --demo            the real demo, every kind of process killed once
 """
 
 import argparse
@@ -26,9 +27,14 @@ def main() -> int:
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--rows", nargs="*", metavar="ROW", help="the scenarios of single rows; one JSON line each")
     flags.add_argument("--keep", action="store_true", help="keep the directories of runs that went well, too")
+    flags.add_argument("--demo", action="store_true", help="the real demo, every kind of process killed once")
     options = flags.parse_args()
+    if options.demo:
+        from tests.chaos import demo
+
+        return demo.main()
     import sampler.replica  # noqa: F401
-    import trainer.rank  # noqa: F401
+    import trainer.rank  # noqa: F401  both once, here: every process is forked from this one
 
     if options.rows is not None:
         from tests.chaos.rows import run_rows

@@ -201,15 +201,15 @@ class Cluster:
         if self.trainer is None or self._over(self.trainer):
             if self.trainer:
                 self._judge(self.trainer)
-                self.restarts["trainer"] += 1
             if not complete:
+                self.restarts["trainer"] += self.trainer is not None
                 self.trainer = self.start_trainer()
         self.zombies = [job for job in self.zombies if not self._over(job)]
         for job in list(self.samplers):
             if self._over(job):
                 self._judge(job)
                 self.samplers.remove(job)
-                self.restarts["sampler"] += 1
+                self.restarts["sampler"] += not complete
         while not complete and len(self.samplers) < self.wanted_samplers:
             self.samplers.append(self.start_sampler())
         self._look_for_progress()
@@ -252,7 +252,8 @@ class Cluster:
             self._size, self._progress = size, now
             self.steps_seen.append((now, size))
         elif now - self._progress > STALL_S:
-            raise Violation(f"no step for {STALL_S:.0f} s; see {self.rundir.path.parent}")
+            alive = [(job.kind, job.alive, job.codes) for job in self.jobs()]
+            raise Violation(f"no step for {STALL_S:.0f} s, alive: {alive}; see {self.rundir.path.parent}")
 
     def complete(self) -> bool:
         return self.rundir.is_complete(self.recipe.trainer.steps)

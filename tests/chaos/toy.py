@@ -102,6 +102,8 @@ class ToyPolicy:
 class ToyEngine:
     """`sampler.engine.Engine` without vLLM: reading, verifying and switching weights are the real ones."""
 
+    dead = False
+
     def __init__(self, recipe: Recipe, directory: Path, snapshots: Path, *, gpu: bool, seed: int) -> None:
         self.weights = Weights(self, snapshots, recipe.model.dtype)
         self.tokens = self.running = 0
