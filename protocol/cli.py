@@ -20,10 +20,21 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     return result
 
 
+CONTROL = {code: f"\\x{code:02x}" for code in [*range(9), *range(11, 32), *range(127, 160)]}
+"""All control characters but tab and newline."""
+
+
+class PlainFormatter(logging.Formatter):
+    """What peers and models wrote may be logged: it must not command the terminal that shows it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).translate(CONTROL)
+
+
 def log_to_console(name: str) -> None:
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s {name} %(levelname).1s %(message)s", datefmt="%H:%M:%S", force=True
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter(f"%(asctime)s {name} %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("httpx", "urllib3", "filelock", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

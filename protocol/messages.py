@@ -32,6 +32,10 @@ Why = Annotated[str, Meta(max_length=MAX_WHY)]
 Array = Annotated[bytes, Meta(max_length=32 << 20)]
 """A one-dimensional array as `codec.pack` wrote it."""
 Count = Annotated[int, Meta(ge=0)]
+MAX_ROWS = 10_000_000
+"""Of a split; the trainer keeps the order of an epoch in memory."""
+MAX_LEASES = 10_000
+"""In one message."""
 Split = Literal["train", "eval"]
 """Two lists of groups with their own ids; `eval` groups are scored and never trained."""
 
@@ -58,7 +62,7 @@ class Agreement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class DataSet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Rows of a split and the fingerprint of their rendered prompts; the first sampler's counts for the run."""
 
-    rows: Count
+    rows: Annotated[int, Meta(ge=0, le=MAX_ROWS)]
     fingerprint: Text
 
 
@@ -163,7 +167,7 @@ class Lease(Message, frozen=True):
     """Groups to sample: (group id, row of the split)."""
 
     split: Split
-    items: Annotated[list[tuple[Count, Count]], Meta(min_length=1, max_length=10_000)]
+    items: Annotated[list[tuple[Count, Count]], Meta(min_length=1, max_length=MAX_LEASES)]
 
 
 class Ack(Message, frozen=True):

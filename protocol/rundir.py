@@ -81,7 +81,7 @@ class RunDir:
             return None
         try:
             return msgspec.json.decode((self.path / "endpoint.json").read_bytes(), type=Endpoint)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
 
     def is_complete(self, steps: int) -> bool:

@@ -160,6 +160,14 @@ class Sealed:
             self.read(name)
         return self
 
+    def alone(self) -> Self:
+        """Itself, where nothing lies beside the sealed files. Raises Corrupt."""
+        known = {*self.manifest.files, "manifest.json", "manifest.hmac"}
+        for path in self.path.rglob("*"):
+            if str(path.relative_to(self.path)) not in known and (path.is_symlink() or not path.is_dir()):
+                raise Corrupt(f"{path} was not sealed")
+        return self
+
 
 def open_sealed(
     path: Path,
@@ -187,11 +195,13 @@ def open_sealed(
             raise Corrupt(f"{path}/manifest.json was not signed by this run")
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Corrupt(f"{path}/manifest.json: {error}") from None
     for name in manifest.files:
         if not all(NAME.fullmatch(part) for part in name.split("/")):
             raise Corrupt(f"{path}/manifest.json names {name!r}, which may lead out of the directory")
+    if manifest.id != path.name:
+        raise Corrupt(f"{path}/manifest.json is that of {manifest.id!r}")
     return Sealed(path, manifest, patience_s, wanted)
 
 

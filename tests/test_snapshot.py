@@ -141,3 +141,16 @@ def test_ids_carry_the_step():
     for wrong in ("s42", "../s00000001.i0001", "s00000001.i0001 ", "x00000001.i0001"):
         with pytest.raises(ValueError, match="no snapshot id"):
             snapshot.step_of(wrong)
+
+
+@pytest.mark.fault("O4")
+def test_a_sealed_directory_under_another_name_is_refused(tmp_path):
+    """An old, well signed checkpoint that somebody renamed would count as the newest."""
+    old, new = checkpoint_id(5, 1), checkpoint_id(9, 1)
+    with staging(tmp_path, old) as aside:
+        manifest = Manifest(kind="checkpoint", run_id="r", id=old, parent=None, step=5, incarnation=1, model="m")
+        seal(aside, tmp_path / old, manifest, key=b"k")
+    open_sealed(tmp_path / old, key=b"k")
+    (tmp_path / old).rename(tmp_path / new)
+    with pytest.raises(Corrupt, match="is that of"):
+        open_sealed(tmp_path / new, key=b"k")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from protocol.errors import UserError
 from protocol.messages import (
+    MAX_LEASES,
     Ack,
     Agreement,
     Beat,
@@ -170,6 +171,8 @@ class Desk:
             ours, theirs = getattr(self.agreement, name), getattr(hello.agreement, name)
             if ours != theirs:
                 return f"{name} differs: the trainer has {ours}, this sampler {theirs}"
+        if not hello.train.rows:
+            return "its training data have no rows"
         for split, theirs in (("train", hello.train), ("eval", hello.eval)):
             ours = self.sets.get(split, theirs)
             if ours != theirs:
@@ -195,7 +198,7 @@ class Desk:
             return []
         if now - sampler.moved >= self.recipe.network.lease_s:
             return []  # its engine stands still: what was taken from it is for others
-        items = ledger.grant(session, sampler.snapshot, sampler.want // self._size(split), now)
+        items = ledger.grant(session, sampler.snapshot, min(MAX_LEASES, sampler.want // self._size(split)), now)
         sampler.want -= len(items) * self._size(split)
         return [(sampler.peer, Lease(split=split, items=items))] if items else []
 

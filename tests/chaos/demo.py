@@ -57,7 +57,8 @@ def main() -> int:
     left = leftovers(run)
     print(
         f"exit code {code}  groups {len(trained)} of {expected}  lost {lost}  "
-        f"doubled {len(trained) - len(set(trained))}  processes left {len(left)}  {time.monotonic() - began:.0f} s; kept: {directory}"
+        f"doubled {len(trained) - len(set(trained))}  processes left {len(left)}  "
+        f"{time.monotonic() - began:.0f} s; kept: {directory}"
     )
     return int(code != 0 or lost != 0 or len(set(trained)) != len(trained) or len(trained) != expected or bool(left))
 
