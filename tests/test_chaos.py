@@ -51,4 +51,3 @@ def test_a_short_campaign_of_random_faults_loses_and_doubles_nothing():
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     summary = done.stdout.splitlines()[-2]
     assert "lost 0  doubled 0  stalls 0  orphan processes 0" in summary
-

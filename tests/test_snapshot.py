@@ -7,7 +7,7 @@ import pytest
 
 from protocol import snapshot
 from protocol.errors import StorageError
-from protocol.snapshot import Corrupt, Manifest, open_sealed, seal, staging, write_hashed
+from protocol.snapshot import Corrupt, Manifest, checkpoint_id, open_sealed, seal, staging, write_hashed
 
 
 def publish(parent, name="s00000001.i0001", key=None, data=b"weights" * 1000):

@@ -36,9 +36,7 @@ class Inbox:
     `broken` is why this rank asked for the end itself, if it did.
     """
 
-    def __init__(
-        self, ranks: Ranks, desk: Desk | None, hub: Hub | None, stop: threading.Event, rundir: RunDir
-    ) -> None:
+    def __init__(self, ranks: Ranks, desk: Desk | None, hub: Hub | None, stop: threading.Event, rundir: RunDir) -> None:
         self._ranks, self._desk, self._hub, self._stopping = ranks, desk, hub, stop
         self._rundir = rundir
         self.broken: StorageError | None = None
