@@ -48,6 +48,8 @@ def by_random(target: str, *, inputs: int | None, seconds: float | None, seed: i
         while (inputs is None or report.inputs < inputs) and (seconds is None or time.monotonic() - began < seconds):
             data = next(source)
             report.inputs += 1
+            if report.inputs % 500_000 == 0:
+                print(f"{target}: {report.inputs:,} inputs", file=sys.__stderr__, flush=True)
             try:
                 function(data)
             except Exception as error:  # whatever it is, it is what is looked for

@@ -1,6 +1,7 @@
 """Many histories, one after the other or in several processes, and the table of what has happened in them."""
 
 import multiprocessing
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -46,6 +47,10 @@ def run(first: int, seeds: int, processes: int = 1, stop_at: int = 1) -> Batch:
                 break
         else:
             batch.counts.update(result)
+        done = seed - first + 1
+        if done % 1000 == 0:
+            spent = time.perf_counter() - began
+            print(f"{done:,} of {seeds:,} histories, {done / spent:.0f} a second", file=sys.stderr, flush=True)
     if processes > 1:
         pool.terminate()
     batch.seconds = time.perf_counter() - began
