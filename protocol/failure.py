@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from protocol.errors import RunError
+from protocol.errors import RunError, Superseded
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ ADVICE = {
     72: "Do not trust this engine's weights: check the versions of vLLM and transformers.",
     73: f"Free space, or mend the disk or its permissions. {AGAIN}",
     74: "Restore a checkpoint from a backup, or start over in a new run directory.",
-    75: "Nothing: a newer trainer has taken over this run.",
     76: "Lower optimizer.learning_rate, look at quarantine/ and metrics/trainer.jsonl, start again.",
 }
 
@@ -57,7 +56,7 @@ def explained(run: Path, process: str) -> Iterator[None]:
     logging.getLogger().addHandler(tail)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, Superseded):  # nothing failed: a newer trainer goes on
         raise
     except BaseException as error:
         lines = list(tail.lines)

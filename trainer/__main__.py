@@ -14,7 +14,7 @@ from pathlib import Path
 
 from protocol.cli import exit_with, parser
 from protocol.errors import UserError
-from protocol.failure import died, explained, failure, write_failure
+from protocol.failure import died, explained, failure, put_aside, write_failure
 from protocol.process import group_alive, members, on_stop_signal, start
 from protocol.rundir import RunDir, resolve_recipe
 
@@ -42,6 +42,7 @@ def launch(gpus: int, rundir: RunDir) -> int:
     The launcher dies at the first signal, and kills its ranks after 30 s each: a stop goes to the ranks alone.
     """
     print(f"trainer: {gpus} ranks (GPUs; on a machine without any: processes)", flush=True)
+    put_aside(rundir.path, "trainer")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -36,7 +36,7 @@ class Counted:
             raise
 
     def say(self) -> None:
-        print(f"\nfuzzed {self._done} {time.monotonic() - self._began}", flush=True)  # noqa: T201
+        print(f"\nfuzzed {self._done} {time.monotonic() - self._began}", flush=True)
 
 
 logging.disable(logging.CRITICAL)

@@ -1,0 +1,63 @@
+"""FAILED.md: the first failure of a run, in words that help."""
+
+import logging
+
+import pytest
+
+from protocol.errors import EngineDead, StorageError, Superseded
+from protocol.failure import died, explained, failure, put_aside, write_failure
+
+
+def test_the_first_failure_is_kept_with_its_last_lines_and_what_to_do(tmp_path):
+    with pytest.raises(StorageError), explained(tmp_path, "trainer rank 0"):
+        logging.getLogger("x").warning("the disk is nearly full")
+        raise StorageError("cannot write s7: No space left on device")
+    with pytest.raises(RuntimeError), explained(tmp_path, "trainer rank 1"):
+        raise RuntimeError("Connection closed by peer")
+    said = (tmp_path / "FAILED.md").read_text()
+    assert said.startswith("# trainer rank 0 failed first\n\nexit code 73,")
+    assert "No space left on device" in said and "W the disk is nearly full" in said and "Free space" in said
+    assert "rank 1" not in said
+    assert failure(tmp_path, "trainer") == (73, "cannot write s7: No space left on device")
+    assert failure(tmp_path, "sampler") is None
+
+
+def test_a_bug_leaves_its_traceback(tmp_path):
+    with pytest.raises(ZeroDivisionError), explained(tmp_path, "sampler engine 0"):
+        1 / 0  # noqa: B018
+    said = (tmp_path / "FAILED.md").read_text()
+    assert "exit code 1," in said and "ZeroDivisionError: division by zero" in said and "test_failure.py" in said
+
+
+def test_a_lost_rank_is_named_as_that(tmp_path):
+    with pytest.raises(RuntimeError), explained(tmp_path, "trainer rank 0"):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2346")
+    assert "another rank is gone (killed, or out of memory?)" in (tmp_path / "FAILED.md").read_text()
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), SystemExit(0), Superseded("a newer one")])
+def test_what_is_no_failure_leaves_nothing(tmp_path, ending):
+    with pytest.raises(type(ending)), explained(tmp_path, "trainer rank 0"):
+        raise ending
+    assert not (tmp_path / "FAILED.md").exists()
+
+
+def test_a_new_start_puts_aside_what_its_own_kind_said_and_nothing_else(tmp_path):
+    write_failure(tmp_path, "sampler engine 0", 71, "vLLM died")
+    put_aside(tmp_path, "trainer")
+    assert failure(tmp_path, "sampler") == (71, "vLLM died")
+    put_aside(tmp_path, "sampler")
+    assert not (tmp_path / "FAILED.md").exists()
+    [kept] = (tmp_path / "logs").iterdir()
+    assert "vLLM died" in kept.read_text()
+
+
+def test_a_run_directory_that_is_gone_hides_no_error(tmp_path):
+    with pytest.raises(EngineDead), explained(tmp_path / "gone", "sampler engine 0"):
+        raise EngineDead("vLLM died")
+
+
+def test_a_child_that_was_killed_is_described():
+    assert died(-9) == "was killed by SIGKILL (out of memory?)"
+    assert died(-15) == "was killed by SIGTERM"
+    assert died(3) == "ended with exit code 3"
