@@ -119,7 +119,10 @@ class Uplink:
         """The next message; None after `timeout_s`. Raises Malformed."""
         if not await self._socket.poll(int(timeout_s * 1000)):
             return None
-        return codec.decode_down(await self._socket.recv())
+        try:
+            return codec.decode_down(await self._socket.recv(zmq.DONTWAIT))
+        except zmq.Again:  # a connection that broke may take back what it had announced
+            return None
 
     async def send(self, message: Up) -> bool:
         """False where no connection stands or its queue is full."""

@@ -1,6 +1,7 @@
 """What both workers' command lines share: the flags, logging, and how an expected failure ends."""
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -44,8 +45,9 @@ def exit_with(main: Callable[[], int]) -> None:
     try:
         code = main()
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+        with contextlib.suppress(OSError):  # stderr may be a log on a full disk
+            print(f"error: {str(error).translate(CONTROL)}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from pathlib import Path
 
 from protocol.errors import StorageError
@@ -12,7 +13,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
 
     Raises StorageError with the path and the reason (disk full, quota, permissions).
     """
-    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         write_new(aside, [data], mode)
         os.replace(aside, path)

@@ -16,7 +16,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from protocol.errors import RunError, Superseded
+from protocol.cli import CONTROL
+from protocol.errors import PortBusy, RunError, Superseded
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def explained(run: Path, process: str) -> Iterator[None]:
     logging.getLogger().addHandler(tail)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, Superseded):  # nothing failed: a newer trainer goes on
+    except (KeyboardInterrupt, SystemExit, Superseded, PortBusy):  # nothing failed: another trainer goes on
         raise
     except BaseException as error:
         lines = list(tail.lines)
@@ -65,7 +66,7 @@ def explained(run: Path, process: str) -> Iterator[None]:
         else:
             code, what = 1, f"{type(error).__name__}: {error}"
             lines += traceback.format_exc().splitlines()
-            if LOST_PEER.search(what):
+            if isinstance(error, RuntimeError) and process.startswith("trainer") and LOST_PEER.search(what):
                 what = f"another rank is gone (killed, or out of memory?): {what.splitlines()[0]}"
         write_failure(run, process, code, what, lines)
         raise
@@ -74,20 +75,27 @@ def explained(run: Path, process: str) -> Iterator[None]:
 
 
 def write_failure(run: Path, process: str, code: int, what: str, lines: Sequence[str] = ()) -> None:
-    """Writes FAILED.md if no other failure is described there; says where the description is."""
+    """Writes FAILED.md, or adds to it what has failed later."""
     text = (
         f"# {process} failed first\n\n"
         f"exit code {code}, process {os.getpid()} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n\n"
         f"{what}\n\n**What to do:** {ADVICE.get(code, AGAIN)}\n\nIts last lines:\n\n"
-        + "".join(f"    {line}\n" for line in list(lines)[-2 * LINES :])
-    )
+        + "".join(f"    {line}\n" for entry in list(lines)[-2 * LINES :] for line in entry.splitlines())
+    ).translate(CONTROL)
+    path = run / NAME
     try:
-        with (run / NAME).open("x") as file:
-            file.write(text)
-    except FileExistsError:
-        log.error("another process failed first, see %s", run / NAME)
+        try:
+            with path.open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            log.error("another process failed first, see %s", path)
+            with path.open("a") as file:
+                file.write("\n" + text.replace("# ", "## ", 1).replace(" failed first", " failed later", 1))
     except OSError as error:
-        log.error("cannot write %s: %s", run / NAME, error.strerror)
+        log.error("cannot write %s: %s", path, error.strerror)
+        with contextlib.suppress(OSError):
+            if not path.stat().st_size:
+                path.unlink()  # an empty one would hide the next failure
 
 
 def died(code: int) -> str:
@@ -98,17 +106,18 @@ def died(code: int) -> str:
 
 
 def failure(run: Path, process: str) -> tuple[int, str] | None:
-    """Exit code and message of the failure in FAILED.md, if a process whose name starts so is the one that failed."""
+    """Exit code and message of the first failure in FAILED.md of a process whose name starts so."""
     try:
         text = (run / NAME).read_text(errors="replace")
     except OSError:
         return None
-    found = re.match(rf"# {process}.* failed first\n\nexit code (\d+),.*\n\n(.*)\n", text)
+    header = rf"^##? {process}.* failed (?:first|later)\n\nexit code (\d+),.*\n\n(.*)\n"
+    found = re.search(header, text, re.MULTILINE)
     return (int(found[1]), found[2]) if found else None
 
 
 def put_aside(run: Path, process: str) -> None:
-    """A new start of this worker: what its last one said moves to logs/."""
+    """A new start of this worker: what its last one said moves to logs/, and what failed because of it."""
     if failure(run, process):
         (run / "logs").mkdir(exist_ok=True)
         with contextlib.suppress(OSError):

@@ -78,5 +78,7 @@ def _make(directory: Path) -> None:
 
 def _refuse_if_shared(directory: Path) -> None:
     for path in [directory, *directory.glob("*secret"), directory / "checkpoint.key"]:
+        if path.stat().st_uid != os.geteuid():
+            raise UserError(f"{path} belongs to another user: keys made by others open the run to them")
         if path.stat().st_mode & 0o077:
             raise UserError(f"{path} can be read by others; run: chmod -R go= {directory}")

@@ -97,15 +97,19 @@ def on_stop_signal(action: Callable[[], None]) -> None:
         signal.signal(number, handle)
 
 
+TRAINER_PID = "VESPER_TRAINER_PID"
+"""Environment: the process that started DeepSpeed's launcher, and whose death ends the ranks."""
+
+
 def watch_ancestors(depth: int, orphaned: Callable[[], None]) -> None:
     """Calls `orphaned` when the parent (depth 1) or also its parent (depth 2, ...) is gone.
 
     A launcher that is killed does not end its children; a parent-death signal sees only the direct parent.
     """
-    chain = _ancestors(depth)
+    chain, starter = _ancestors(depth), int(os.environ.get(TRAINER_PID, 0))
 
     def watch() -> None:
-        while _ancestors(depth) == chain:
+        while _ancestors(depth) == chain and (not starter or _stat(starter)):  # it may be gone before we look
             time.sleep(1.0)
         orphaned()
 

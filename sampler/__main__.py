@@ -60,18 +60,26 @@ def supervise(rundir: RunDir, recipe: Recipe) -> int:
         else:
             environment |= cpu_environment(recipe, count)
         children.append(start(command, environment=environment))
-    on_stop_signal(lambda: [child.send_signal(signal.SIGTERM) for child in children if child.poll() is None])
+    stopped: list[bool] = []
+
+    def stop() -> None:
+        stopped.append(True)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGTERM)
+
+    on_stop_signal(stop)
     try:
-        return wait(children, rundir)
+        return wait(children, rundir, stopped)
     finally:
         for child in children:
             end(child, GRACE_S)
 
 
-def wait(children: list[subprocess.Popen], rundir: RunDir) -> int:
-    """Until all have ended well, or one has not."""
+def wait(children: list[subprocess.Popen], rundir: RunDir, stopped: list[bool]) -> int:
+    """Until all have ended well, or one has not. One that was stopped while it still loads ends well, too."""
     while True:
-        codes = [child.poll() for child in children]
+        codes = [0 if stopped and code and code < 0 else code for code in (child.poll() for child in children)]
         for index, code in enumerate(codes):
             if code and code < 0:  # it could not say so itself
                 write_failure(rundir.path, f"sampler engine {index}", 128 - code, died(code))

@@ -114,14 +114,16 @@ class Heartbeat:
     """Ends a sampler whose engine is dead, or is asked for tokens and gives none: nobody else may be told so."""
 
     def __init__(self, patience_s: float) -> None:
-        self._patience_s, self._tokens, self._moved = patience_s, -1, time.monotonic()
+        self._patience_s, self._tokens = patience_s, -1
+        self._moved = self._felt = time.monotonic()
 
     def feel(self, engine: Engine) -> None:
         """Asked at every beat. Raises EngineDead."""
         now = time.monotonic()
         if engine.dead:
             raise EngineDead("vLLM died; its own message is above")
-        if engine.tokens != self._tokens or not engine.running:
+        slept, self._felt = now - self._felt > self._patience_s / 2, now  # this process, not its engine
+        if engine.tokens != self._tokens or not engine.running or slept:
             self._tokens, self._moved = engine.tokens, now
         elif now - self._moved > self._patience_s:
             raise EngineDead(f"vLLM has {engine.running} requests and gave no token for {now - self._moved:.0f} s")
@@ -143,9 +145,10 @@ def figures(engine: Engine, rewards: RewardPool) -> dict[str, object]:
 def first_cause(group: BaseExceptionGroup) -> BaseException:
     """Of tasks that failed together, the first expected failure; the group itself where there is none."""
     ours, _ = group.split(RunError)
-    while isinstance(ours, BaseExceptionGroup):
-        ours = ours.exceptions[0]
-    return ours or group
+    cause: BaseException = ours or group
+    while isinstance(cause, BaseExceptionGroup) and (ours or len(cause.exceptions) == 1):
+        cause = cause.exceptions[0]
+    return cause
 
 
 def versions() -> dict[str, str]:

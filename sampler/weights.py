@@ -71,6 +71,7 @@ class Weights:
             except Corrupt as error:
                 if self._wanted == pulse:
                     self.unreadable += 1
+                    log.error("%s: going on with %s", error, self.snapshot)
                     raise
                 log.warning("%s; a newer one follows", error)
                 return

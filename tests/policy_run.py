@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_get_full_grad
 
 from policy.model import load_tokenizer
@@ -60,10 +61,23 @@ def main(settings: dict) -> None:
             publisher = Publisher(rundir, keys.run_id, incarnation, load_tokenizer(Path(recipe.model.path)))
             store = Store(rundir, publisher, checkpoints, recipe.trainer, first=ranks.first)
             store.publish(policy)
+            if settings.get("full_disk") == ranks.rank:
+                fill_disk_once()
             while policy.steps_done < settings["steps"]:
                 record = step(policy, store, inbox, ranks, recipe, settings.get("spoil", {}))
                 if ranks.first:
                     sys.stdout.write(json.dumps(record) + "\n")
+
+
+def fill_disk_once() -> None:
+    """On this rank alone: the next file that DeepSpeed writes fails as torch fails on a full disk."""
+    writer = TorchCheckpointEngine.save
+
+    def full(self, *arguments) -> None:
+        TorchCheckpointEngine.save = writer
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    TorchCheckpointEngine.save = full
 
 
 def spoiled(logprobs: torch.Tensor, loss: torch.Tensor, what: str) -> torch.Tensor:
@@ -95,6 +109,7 @@ def step(policy: Policy, store: Store, inbox: Inbox, ranks: Ranks, recipe, spoil
     return {
         "step": policy.steps_done,
         "done": done,
+        "unsaved": store.unsaved,
         "rows": len(batch.micro_batches),
         "grad_norm": policy.grad_norm,
         "gradient": None if flat is None else flat[:: max(1, len(flat) // 2000)].tolist(),

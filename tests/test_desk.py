@@ -97,14 +97,29 @@ def test_an_answer_is_acknowledged_and_the_place_filled_again(desk):
 @pytest.mark.fault("I1")
 def test_an_unsound_answer_is_tried_again_and_its_sender_sent_away_in_the_end(desk):
     desk.on(b"p", HELLO, 0.0)
+    leases = leased(desk.on(b"p", beat(want=2), 1.0))
     for number in range(MAX_INVALID):
-        letters = desk.on(b"p", beat(want=2), 1.0)
-        wrong = make_group((leased(letters) or [0])[0], rewards=[0.0, float("nan")], snapshot=NEWEST)
-        [ack, *_] = said(desk.on(b"p", wrong, 2.0))
-        assert ack.status == "invalid" and "reward" in ack.why, number
+        assert desk.samplers, number
+        letters = desk.on(b"p", make_group(leases.pop(), rewards=[0.0, float("nan")], snapshot=NEWEST), 2.0)
+        assert said(letters)[0].status == "invalid" and "reward" in said(letters)[0].why
+        leases += leased(letters)
     assert said(desk.on(b"p", beat(), 3.0)) == [Who()]
     [answer] = said(desk.on(b"p", HELLO, 3.0))
     assert isinstance(answer, Rejection) and "unsound" in answer.why
+
+
+def test_an_unsound_answer_that_is_sent_again_counts_once(desk):
+    """Its acknowledgement may be lost again and again, and a healthy sampler would be sent away for one bad prompt."""
+    desk.on(b"p", HELLO, 0.0)
+    [group_id] = leased(desk.on(b"p", beat(want=2), 1.0))
+    desk.on(b"q", msgspec.structs.replace(HELLO, session="two"), 1.0)
+    wrong = make_group(group_id, rewards=[0.0, float("nan")], snapshot=NEWEST)
+    desk.on(b"p", wrong, 2.0)
+    desk.train.leases.clear()
+    for _ in range(2 * MAX_INVALID):
+        desk.samplers["one"].want = 0  # so that it is not leased to this one again
+        desk.on(b"p", wrong, 3.0)
+    assert "one" in desk.samplers and desk.unsound["one"] < MAX_INVALID
 
 
 def test_silence_frees_the_leases_for_others(desk):

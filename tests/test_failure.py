@@ -1,6 +1,7 @@
 """FAILED.md: the first failure of a run, in words that help."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_the_first_failure_is_kept_with_its_last_lines_and_what_to_do(tmp_path):
     said = (tmp_path / "FAILED.md").read_text()
     assert said.startswith("# trainer rank 0 failed first\n\nexit code 73,")
     assert "No space left on device" in said and "W the disk is nearly full" in said and "Free space" in said
-    assert "rank 1" not in said
+    assert "## trainer rank 1 failed later" in said and said.index("rank 0") < said.index("rank 1")
     assert failure(tmp_path, "trainer") == (73, "cannot write s7: No space left on device")
     assert failure(tmp_path, "sampler") is None
 
@@ -50,6 +51,36 @@ def test_a_new_start_puts_aside_what_its_own_kind_said_and_nothing_else(tmp_path
     assert not (tmp_path / "FAILED.md").exists()
     [kept] = (tmp_path / "logs").iterdir()
     assert "vLLM died" in kept.read_text()
+
+
+def test_a_later_failure_of_the_other_worker_can_still_be_read(tmp_path):
+    """A sampler that died on Monday must not hide why the trainer ended on Friday."""
+    write_failure(tmp_path, "sampler engine 0", 71, "vLLM died")
+    write_failure(tmp_path, "trainer rank 0", 74, "none of 2 checkpoints is intact")
+    assert failure(tmp_path, "trainer") == (74, "none of 2 checkpoints is intact")
+    assert failure(tmp_path, "sampler") == (71, "vLLM died")
+
+
+def test_a_full_disk_leaves_no_empty_file_that_would_hide_the_next_failure(tmp_path, monkeypatch):
+    opened = Path.open
+
+    def full(path, mode="r", *rest):
+        file = opened(path, mode, *rest)
+        if mode == "x":
+            file.close()
+            file = opened(Path("/dev/full"), "w")
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        write_failure(tmp_path, "trainer rank 0", 73, "No space left on device")
+    assert not (tmp_path / "FAILED.md").exists()
+
+
+def test_what_a_model_or_a_peer_wrote_commands_no_terminal_and_stays_indented(tmp_path):
+    write_failure(tmp_path, "trainer rank 0", 2, "bad \x1b[2J", ["one\n# sampler failed first", "\x1b[31m"])
+    said = (tmp_path / "FAILED.md").read_text()
+    assert "\x1b" not in said and "\n    # sampler failed first\n" in said
 
 
 def test_a_run_directory_that_is_gone_hides_no_error(tmp_path):

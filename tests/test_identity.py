@@ -33,7 +33,7 @@ from tests.tiny import make_model, make_tokenizer
 from trainer.desk import Desk
 
 RECIPE = load(None, ["data.system=", "data.max_prompt_tokens=4096"])
-NOBODY = DataSet(rows=0, fingerprint="")
+NOBODY = DataSet(rows=5, fingerprint="")
 ROWS = [{"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(5)]
 
 

@@ -124,6 +124,16 @@ def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tiny, tmp_path, 
     assert resumed == whole[2:]
 
 
+@pytest.mark.fault("G2")
+@pytest.mark.parametrize(("stage", "rank"), [(1, 1), (3, 0)])
+def test_a_rank_that_cannot_write_its_part_holds_up_nobody(tiny, tmp_path, stage, rank):
+    """DeepSpeed meets in barriers after it has written; the checkpoint is tried again after the next step."""
+    records = run(tiny, tmp_path, f"trainer.zero_stage={stage}", world=2, steps=4, full_disk=rank)
+    assert [record["unsaved"] for record in records] == [0, 1, 0, 0]
+    assert [path.name[:9] for path in listed(tmp_path / "run" / "checkpoints")] == ["c00000003", "c00000004"]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_adapters_train_alone_and_their_base_model_is_the_reference(tiny, tmp_path, stage):
     options = ["lora.rank=4", "lora.alpha=8", f"trainer.zero_stage={stage}"]

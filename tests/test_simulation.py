@@ -116,3 +116,9 @@ def test_a_seed_always_tells_the_same_story():
             simulate(3, verbose=True)
         stories.append(story.getvalue())
     assert stories[0] == stories[1] and "trainer" in stories[0]
+
+
+@pytest.mark.parametrize("seed", [1023495])
+def test_histories_that_once_went_wrong_go_right(seed):
+    """1023495: a healthy sampler was sent away, because a poisoned prompt's answer was sent again and again."""
+    simulate(seed)

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 from protocol.cli import exit_with, parser
-from protocol.errors import UserError
+from protocol.errors import PortBusy, Superseded, UserError
 from protocol.failure import died, explained, failure, put_aside, write_failure
-from protocol.process import group_alive, members, on_stop_signal, start
+from protocol.process import TRAINER_PID, group_alive, members, on_stop_signal, start
 from protocol.rundir import RunDir, resolve_recipe
 
 
@@ -29,41 +29,63 @@ def main() -> int:
         print(f"trainer: {rundir.path} is complete; ask for more with --set trainer.steps=N", flush=True)
         return 0
     if "RANK" not in os.environ:
-        return launch(options.gpus or recipe.trainer.gpus, rundir)
+        return launch(options.gpus or recipe.trainer.gpus, rundir, recipe.trainer.steps)
     with explained(rundir.path, f"trainer rank {os.environ['RANK']}"):
         from trainer.rank import run  # torch and deepspeed, only now
 
         return run(rundir, recipe)
 
 
-def launch(gpus: int, rundir: RunDir) -> int:
+def launch(gpus: int, rundir: RunDir, steps: int) -> int:
     """Has DeepSpeed's launcher start this module once for each rank, and stays to end them well.
 
     The launcher dies at the first signal, and kills its ranks after 30 s each: a stop goes to the ranks alone.
     """
     print(f"trainer: {gpus} ranks (GPUs; on a machine without any: processes)", flush=True)
     put_aside(rundir.path, "trainer")
+    before = rundir.newest_incarnation()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *placement(gpus, visible), "--master_port", str(port)]
-    launcher = start([*command, "--module", "trainer", "--run", str(rundir.path)])
+    command += ["--module", "trainer", "--run", str(rundir.path)]
+    launcher = start(command, environment={TRAINER_PID: str(os.getpid())})
     stopped: list[bool] = []
-    on_stop_signal(lambda: (stopped.append(True), stop_ranks(launcher.pid)))
+    on_stop_signal(lambda: stopped.append(True))
+    told: set[int] = set()
     while group_alive(launcher):
+        if stopped:  # again and again: some ranks may not have been there yet
+            told |= stop_ranks(launcher.pid, told)
         time.sleep(0.2)
     code = launcher.wait()
-    if code and not stopped and not failure(rundir.path, "trainer"):  # killed ranks say nothing themselves
-        write_failure(rundir.path, "trainer", abs(code), f"DeepSpeed's launcher {died(code)}, its output says more")
-    return code if code >= 0 else 128 - code
+    if rundir.newest_incarnation() > before + 1:
+        return Superseded.exit_code
+    return 0 if stopped and code <= 0 else exit_code(code, rundir, steps, stopped=bool(stopped))
 
 
-def stop_ranks(group: int) -> None:
-    for pid in members(group):
+def exit_code(code: int, rundir: RunDir, steps: int, *, stopped: bool) -> int:
+    """What the ranks said, where one could; the launcher returns any one's code, and 0 after some deaths."""
+    said = failure(rundir.path, "trainer")
+    if said:
+        return said[0]
+    code = code - 256 if code > 192 else code  # it exits with -signal
+    if stopped or code == PortBusy.exit_code or (code == 0 and rundir.is_complete(steps)):
+        return code if code >= 0 else 128 - code
+    final = 128 - code if code < 0 else code or 1
+    write_failure(rundir.path, "trainer", final, f"a rank or its launcher {died(code)} without a word; see its output")
+    return final
+
+
+def stop_ranks(group: int, but: set[int]) -> set[int]:
+    """Asks the ranks to stop, each once; -> those that were asked."""
+    asked = set()
+    for pid in set(members(group)) - but:
         with contextlib.suppress(OSError):  # one that just ended
             if b"--local_rank=" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGTERM)
+                asked.add(pid)
+    return asked
 
 
 def placement(gpus: int, visible: str) -> list[str]:

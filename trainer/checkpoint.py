@@ -87,7 +87,8 @@ class Checkpoints:
         if not found:
             return None
         path = os.fsdecode(found)
-        state = msgspec.json.decode((Path(path) / "state.json").read_bytes(), type=State)
+        data = self._share(sealed.read("state.json") if sealed else None)
+        state = msgspec.json.decode(data, type=State)
         if state.world != self._ranks.world:
             raise UserError(
                 f"checkpoint {path} was written by {state.world} ranks, this trainer has {self._ranks.world}; "

@@ -54,6 +54,8 @@ class Sampler:
     snapshot: str | None = None
     want: int = 0
     progress: int = 0
+    unsound: set[int] = field(default_factory=set)
+    """Groups that it answered without sense."""
     moved: float = 0.0
     """When it last made progress, or held nothing to make progress with."""
 
@@ -209,8 +211,10 @@ class Desk:
             status = "unknown"
         elif why:
             status, before = "invalid", self.unsound.get(group.session)
-            ledger.fail(group.session, group.group_id, why, trusted=before == 0)
-            self.unsound[group.session] = (before or 0) + 1
+            held = ledger.fail(group.session, group.group_id, why, trusted=before == 0)
+            if held or group.group_id not in sampler.unsound:  # else sent again, because our answer was lost
+                self.unsound[group.session] = (before or 0) + 1
+            sampler.unsound.add(group.group_id)
         else:
             status = ledger.offer(group)
             self.unsound[group.session] = 0

@@ -132,10 +132,24 @@ class Policy:
 
     def save(self, directory: Path, tag: str) -> None:
         """Every rank writes its part below `directory / tag`. Raises StorageError, on the rank that could not."""
+        failures: list[Exception] = []
+        writer = self._engine.checkpoint_engine
+        write = writer.save
+
+        def keep_going(state_dict: dict, path: str) -> None:
+            """DeepSpeed's barriers come after: a rank that cannot write must still meet the others there."""
+            try:
+                write(state_dict, path)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+                failures.append(error)
+
+        writer.save = keep_going
         try:
             self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False, client_state=self._client_state())
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            raise StorageError(f"cannot write a checkpoint below {directory.parent}: {error}") from error
+        finally:
+            del writer.save  # the class's own again
+        if failures:
+            raise StorageError(f"cannot write a checkpoint below {directory.parent}: {failures[0]}") from failures[0]
         if self._ranks.first:
             for script in directory.glob("*.py"):  # DeepSpeed's converters: no code lies beside our data
                 script.unlink()

@@ -40,6 +40,7 @@ class Inbox:
         self._ranks, self._desk, self._hub, self._stopping = ranks, desk, hub, stop
         self._rundir = rundir
         self.broken: StorageError | None = None
+        self._sound: Pulse | None = None
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._failure: BaseException | None = None
@@ -144,11 +145,11 @@ class Inbox:
         try:
             while True:
                 data = self._poll(ready)
-                stopping, failed, size = self._ranks.max(
-                    [self._stopping.is_set(), self._failure is not None, len(data or b"")]
-                )
+                stopping, failed, size = self._ranks.max([self._stopping.is_set(), self._exit_code(), len(data or b"")])
                 if failed:
-                    self._raise_failure()
+                    self._raise_failure(failed)
+                if stopping:  # asked for on one rank, it holds on all, after the groups that are here already
+                    self._stopping.set()
                 if size:
                     return self._ranks.broadcast(data, size)
                 if stopping:
@@ -181,11 +182,14 @@ class Inbox:
         assert self._desk is not None
         with self._changed:
             doubted, self._desk.doubted = self._desk.pulse if self._desk.doubted else None, False
+        if doubted == self._sound:  # read and verified before: the fault is on the sampler's side
+            doubted = None
         try:
             self._rundir.refuse_if_superseded(self._desk.incarnation)
             if doubted:
                 path = self._rundir.snapshots / doubted.snapshot
                 open_sealed(path, doubted.manifest_sha256, patience_s=TURN_S).verified()
+                self._sound = doubted
         except Superseded as error:
             self._failure = error
         except Corrupt as error:
@@ -197,11 +201,15 @@ class Inbox:
             self._said = time.monotonic()
             log.info("waiting for groups from %d samplers: python -m sampler --run ...", len(self._desk.samplers))
 
-    def _raise_failure(self) -> None:
+    def _exit_code(self) -> int:
+        """Of this rank's failure; 0 without one."""
+        return 0 if self._failure is None else getattr(self._failure, "exit_code", 1)
+
+    def _raise_failure(self, code: int) -> None:
         if isinstance(self._failure, RunError):
             raise self._failure
         if self._failure is None:
-            raise SystemExit(1)  # the first rank says why
+            raise SystemExit(code)  # the first rank says why
         raise RuntimeError("the hub thread failed") from self._failure
 
     def _announce(self) -> None:

@@ -99,8 +99,8 @@ class Ledger:
             self._requeue(self._doubted.pop())
         return "accepted"
 
-    def fail(self, session: str, group_id: int, why: str, *, number: int = 0, trusted: bool = True) -> None:
-        """A lease that its sampler could not answer; tried again, and set aside after MAX_TRIES.
+    def fail(self, session: str, group_id: int, why: str, *, number: int = 0, trusted: bool = True) -> bool:
+        """A lease that its sampler could not answer; tried again, and set aside after MAX_TRIES. False: no such lease.
 
         number: of the failure in its session; heard again, it is no other try (0: each counts). Not trusted: the
         sampler itself may be the reason. Then this is no try, and other groups come first, so that a sound answer
@@ -108,19 +108,20 @@ class Ledger:
         """
         lease = self.leases.get(group_id)
         if lease is None or lease.session != session or (session, number) in self._heard:
-            return
+            return False
         if number:
             self._heard.add((session, number))
         del self.leases[group_id]
         if not trusted:
             self._doubted.append(group_id)
-            return
+            return True
         self._tries[group_id] = self._tries.get(group_id, 0) + 1
         if self._tries[group_id] >= MAX_TRIES:
             self.quarantined[group_id] = why
             self._mark_done(group_id)
         else:
             self._requeue(group_id)
+        return True
 
     def beat(self, session: str, held: set[int], moved: bool, now: float, resend_s: float) -> None:
         """A sampler names the leases it holds: one it never received goes back; progress extends the others."""

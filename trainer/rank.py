@@ -57,10 +57,11 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
         tokenizer = load_tokenizer(directory)
         agreement = agree(keys.run_id, directory, tokenizer, recipe)
         desk = Desk(recipe=recipe, agreement=agreement, incarnation=incarnation) if ranks.first else None
-        with Inbox(ranks, desk, hub, stop, rundir) as inbox:
-            policy = make_policy(recipe, directory, ranks)
-            checkpoints = Checkpoints(rundir, keys, ranks, incarnation, agreement.model)
-            restore(checkpoints.resume(policy), desk, inbox)
+        inbox = Inbox(ranks, desk, hub, stop, rundir)
+        policy = make_policy(recipe, directory, ranks)
+        checkpoints = Checkpoints(rundir, keys, ranks, incarnation, agreement.model)
+        restore(checkpoints.resume(policy), desk, inbox)
+        with inbox:  # samplers are heard only now that the history is known which they must fit
             if ranks.first:
                 sweep(rundir.snapshots, incarnation)
                 sweep(rundir.checkpoints, incarnation)

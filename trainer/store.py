@@ -83,10 +83,17 @@ class Store:
         why = f"step {policy.steps_done + 1} was not finite"
         inbox.set_aside(why)
         if self._first:
-            self._rundir.quarantine.mkdir(exist_ok=True)
-            first, last = groups[0].group_id, groups[-1].group_id
-            path = self._rundir.quarantine / f"step-{policy.steps_done + 1}.groups-{first}-{last}.msgpack"
-            write_atomic(path, encode_groups(groups))
-            log.error("%s: skipped on all ranks, nothing has changed; its %d groups are in %s", why, len(groups), path)
+            log.error("%s: skipped on all ranks, nothing has changed", why)
+            self._keep(groups, policy.steps_done + 1)
         if policy.skipped > MAX_SKIPPED:
             raise Diverged(f"{policy.skipped} steps in a row were not finite; lower the learning rate; see quarantine/")
+
+    def _keep(self, groups: list[Group], step: int) -> None:
+        first, last = groups[0].group_id, groups[-1].group_id
+        path = self._rundir.quarantine / f"step-{step}.groups-{first}-{last}.msgpack"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, encode_groups(groups))
+            log.error("its %d groups are kept in %s", len(groups), path)
+        except (OSError, StorageError) as error:
+            log.error("its %d groups could not be kept: %s", len(groups), error)

@@ -517,10 +517,15 @@ def weights_are_not_finite(place: Path, tmpfs: bool) -> None:
 
 @row("N1")
 def slurm_warns_the_trainer(place: Path, tmpfs: bool) -> None:
-    """SIGUSR1, then SIGTERM on the next start: both save where they are, exit 0, and lose no step."""
+    """SIGUSR1, then SIGTERM, then SIGTERM to one rank alone: all save where they are, exit 0, and lose no step."""
     with Cluster(place, steps=3 * STEPS, ranks=2) as cluster:
-        for number, steps in ((signal.SIGUSR1, 6), (signal.SIGTERM, 17)):
-            stop = after(cluster, steps, lambda n=number: [cluster.signal(p, n) for p in cluster.trainer.pids])
+        for number, steps, ranks in (
+            (signal.SIGUSR1, 6, (0, 1)),
+            (signal.SIGTERM, 14, (0, 1)),
+            (signal.SIGTERM, 22, (1,)),
+        ):
+            asked = lambda n=number, ranks=ranks: [cluster.signal(cluster.trainer.pids[rank], n) for rank in ranks]  # noqa: E731
+            stop = after(cluster, steps, asked)
             cluster.run(stop, until=lambda: bool(cluster.trainer and not cluster.trainer.alive))
             assert set(cluster.trainer.codes.values()) == {0}
             assert int(listed(cluster.rundir.checkpoints)[-1].name[1:9]) == cluster.steps()

@@ -159,7 +159,8 @@ def _sealed() -> tuple[Path, str, dict[str, bytes]]:
 
 
 def _describe(files: dict[str, File]) -> Manifest:
-    return Manifest(kind="full", run_id="r", id="s", parent=None, step=1, incarnation=1, model="m", files=files)
+    name = "s00000001.i0001"
+    return Manifest(kind="full", run_id="r", id=name, parent=None, step=1, incarnation=1, model="m", files=files)
 
 
 def _manifest(choices: Choices) -> bytes:

@@ -100,7 +100,7 @@ class Audit:
         elif status == "accepted":
             raise Violation("unsound", f"{group.split} group {group.group_id} was accepted")
         elif status == "invalid":
-            self._unsound[group.session] += 1
+            self._unsound[group.session] += holder == group.session  # one that is sent again counts once
             if self._unsound[group.session] >= MAX_INVALID and group.session in desk.samplers:
                 raise Violation("not banned", f"{self._unsound[group.session]} unsound groups in a row")
 

@@ -124,7 +124,7 @@ def many_tries(replace: Replace) -> None:
 
     def hasty(ledger: Ledger, session: str, group_id: int, why: str, **rest) -> None:
         ledger._tries[group_id] = MAX_TRIES - 1
-        fail(ledger, session, group_id, why, **rest)
+        return fail(ledger, session, group_id, why, **rest)
 
     replace(Ledger, "fail", hasty)
 
@@ -145,7 +145,7 @@ def session_in_a_failure(replace: Replace) -> None:
 
     def anybodys(ledger: Ledger, session: str, group_id: int, why: str, **rest) -> None:
         lease = ledger.leases.get(group_id)
-        fail(ledger, lease.session if lease else session, group_id, why, **rest)
+        return fail(ledger, lease.session if lease else session, group_id, why, **rest)
 
     replace(Ledger, "fail", anybodys)
 
