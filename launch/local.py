@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.curve import draw_curve
 from launch.progress import Progress, duration
-from protocol.errors import RunError
+from protocol.errors import CrashLoop, RunError
 from protocol.failure import failure
 from protocol.process import end, on_stop_signal, start, visible_gpus
 from protocol.recipe import Recipe
@@ -25,10 +25,6 @@ RESTART = {71, 73}
 FINAL = {2, 3, 66, 69, 72, 74, 75, 76}
 """Exit codes after which a new start would fail again."""
 MAX_RESTARTS, WINDOW_S = 5, 600.0
-
-
-class CrashLoop(RunError):
-    exit_code = 70
 
 
 class Ended(RunError):

@@ -4,12 +4,15 @@ UserError (2)          a mistake in a recipe, a flag or a file; one line, no tra
   Rejected (3)         the trainer refused this sampler: another run, model, tokenizer or version
 TrainerGone (66)       no trainer answered for `network.grace_s`
 PortBusy (69)          another process listens on the port
+CrashLoop (70)         a worker crashed too often in a short time; `launch` gives up
 EngineDead (71)        vLLM died; start the sampler again
 WrongWeights (72)      a snapshot loaded, but the engine does not compute what the trainer computed
 StorageError (73)      a file could not be written or verified
 NoCheckpoint (74)      checkpoints exist, none is intact
 Superseded (75)        a newer trainer took over this run
 Diverged (76)          weights or gradients are not finite
+
+130 is Ctrl-C, 128 + n a process that signal n ended; 1 is a bug, with its traceback.
 """
 
 
@@ -33,6 +36,10 @@ class TrainerGone(RunError):
 
 class PortBusy(RunError):
     exit_code = 69
+
+
+class CrashLoop(RunError):
+    exit_code = 70
 
 
 class EngineDead(RunError):

@@ -102,12 +102,12 @@ async def serve(
         rollouts = stack.enter_context(MetricsWriter(rundir.rollouts / f"{session.name}.jsonl"))
         answerer = Answerer(recipe, session.name, agreement.vocabulary, prompts, engine, rewards, reference, rollouts)
         metrics = stack.enter_context(MetricsWriter(rundir.metrics / f"sampler-{session.name}.jsonl"))
-        reporting = asyncio.create_task(report(metrics, engine, rewards))
+        reporting = asyncio.create_task(report(metrics, rollouts, engine, rewards))
         try:
             await sample(trainer, engine.weights, answerer)
         finally:
             reporting.cancel()
-            metrics.write(figures(engine, rewards))
+            metrics.write(figures(rollouts, engine, rewards))
 
 
 class Heartbeat:
@@ -129,17 +129,17 @@ class Heartbeat:
             raise EngineDead(f"vLLM has {engine.running} requests and gave no token for {now - self._moved:.0f} s")
 
 
-async def report(metrics: MetricsWriter, engine: Engine, rewards: RewardPool) -> None:
+async def report(metrics: MetricsWriter, rollouts: MetricsWriter, engine: Engine, rewards: RewardPool) -> None:
     while True:
         await asyncio.sleep(REPORT_S)
-        metrics.write(figures(engine, rewards))
+        metrics.write(figures(rollouts, engine, rewards))
 
 
-def figures(engine: Engine, rewards: RewardPool) -> dict[str, object]:
+def figures(rollouts: MetricsWriter, engine: Engine, rewards: RewardPool) -> dict[str, object]:
     """Counted since the start: tokens, and what became of each reward function's calls."""
     weights = engine.weights
     figures = {"tokens": engine.tokens, "snapshot": weights.snapshot, "snapshots_unreadable": weights.unreadable}
-    return figures | rewards.counters()
+    return figures | {"records_lost": rollouts.lost} | rewards.counters()
 
 
 def first_cause(group: BaseExceptionGroup) -> BaseException:

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.local import MAX_RESTARTS, CrashLoop, Worker, last_words, share_gpus, unused
+from launch.local import MAX_RESTARTS, Worker, last_words, share_gpus, unused
 from launch.progress import Progress, duration
-from protocol.errors import RunError, UserError
+from protocol.errors import CrashLoop, RunError, UserError
 from protocol.failure import write_failure
 from protocol.intervals import wilson
 from protocol.metrics import MetricsWriter

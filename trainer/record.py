@@ -59,6 +59,7 @@ class Record:
             **counts,
             "grad_norm": policy.grad_norm,
             "learning_rate": policy.learning_rate,
+            "records_lost": self._writer.lost,
             "step_time": spent,
             "time/wait_s": waited,
             "time/publish_s": stored,
