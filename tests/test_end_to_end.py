@@ -300,6 +300,24 @@ def test_sigterm_saves_and_a_killed_sampler_is_replaced_without_loss(tmp_path):
     assert no_engine_left(run)
 
 
+@pytest.mark.fault("N1")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stop_in_the_first_seconds_ends_the_trainer_and_all_that_it_started(tmp_path, number):
+    """Before DeepSpeed's launcher has started a rank there is nobody to tell; the ranks that come later must know."""
+    recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    command = [sys.executable, "-m", "trainer", "--run", str(run), "--recipe", str(recipe)]
+    trainer = start(*command, log=run.with_suffix(".trainer.log"))
+    wait_for(lambda: any("deepspeed.launcher" in line for line in descendants_of(run)), trainer, run)
+    trainer.send_signal(number)
+    code = trainer.wait(90)
+    assert code in ((0, 143) if number == signal.SIGTERM else (-number,)), code
+    deadline = time.monotonic() + 120
+    while descendants_of(run) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not descendants_of(run)
+    assert not (run / "FAILED.md").exists()
+
+
 def test_gsm8k_with_adapters_in_bfloat16(tmp_path):
     """Real problems, LoRA, ZeRO 2, two engines: adapters reach vLLM, the base model is the reference."""
     if not GSM8K.exists():
