@@ -75,8 +75,6 @@ class Job:
 
     kind: str
     pids: list[int]
-    after: int
-    """The newest incarnation when it was started; a larger one means that its ranks have met."""
     codes: dict[int, int] = field(default_factory=dict)
     first_end: float | None = None
 
@@ -102,6 +100,9 @@ class Cluster:
         self.rundir.make()
         self.rundir.recipe.write_text(dump(self.recipe))
         self.hits = directory / "hits"
+        self._met = directory / "met"
+        """Ranks that have met the others."""
+        self._met.mkdir()
         self.note_points = False
         self.proxied = True
         self.trainer: Job | None = None
@@ -129,12 +130,19 @@ class Cluster:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks}
             environment = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             pids.append(self._fork("trainer", self._trainer(rank, work), environment, point if rank == 0 else None))
-        return Job("trainer", pids, self.rundir.newest_incarnation())
+        return Job("trainer", pids)
 
     def _trainer(self, rank: int, work: Callable[[], None]) -> Callable[[], int]:
         def run() -> int:
-            from trainer.rank import run
+            from trainer.rank import Ranks, run
 
+            join = Ranks.__init__
+
+            def joined(*arguments) -> None:
+                join(*arguments)
+                (self._met / str(os.getpid())).touch()
+
+            Ranks.__init__ = joined
             work()
             with explained(self.rundir.path, f"trainer rank {rank}"):
                 return run(self.rundir, self.recipe, toy.ToyPolicy)
@@ -153,7 +161,7 @@ class Cluster:
             with explained(self.rundir.path, "sampler engine 0"):
                 return run(self.rundir, recipe or self.recipe, 0, toy.ToyEngine)
 
-        return Job("sampler", [self._fork("sampler", run, {}, point)], 0)
+        return Job("sampler", [self._fork("sampler", run, {}, point)])
 
     def _behind_proxy(self) -> None:
         """In the child: the run directory names the proxy instead of the trainer."""
@@ -231,7 +239,7 @@ class Cluster:
         if not job.alive:
             return True
         waited = time.monotonic() - job.first_end if job.first_end else 0.0
-        if waited > LAUNCHER_S and self.rundir.newest_incarnation() == job.after:
+        if waited > LAUNCHER_S and not any((self._met / str(pid)).exists() for pid in job.pids):
             for pid in job.alive:  # it still waits for the dead rank to come, which only a launcher can know of
                 self.signal(pid, signal.SIGKILL)
         elif waited > ALL_GONE_S:
