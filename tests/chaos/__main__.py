@@ -1,11 +1,13 @@
 """python -m tests.chaos --faults 1000     a campaign: runs under random faults until so many were survived
 python -m tests.chaos --rows            the rows of docs/reliability.md that need processes, one after the other
+python -m tests.chaos --points          a worker killed once at every crash point that can be found
 python -m tests.chaos --demo            the real demo, every kind of process killed once
 """
 
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ def main() -> int:
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--rows", nargs="*", metavar="ROW", help="the scenarios of single rows; one JSON line each")
     flags.add_argument("--keep", action="store_true", help="keep the directories of runs that went well, too")
+    flags.add_argument("--points", action="store_true", help="every crash point once")
     flags.add_argument("--demo", action="store_true", help="the real demo, every kind of process killed once")
     options = flags.parse_args()
     if options.demo:
@@ -40,6 +43,8 @@ def main() -> int:
         from tests.chaos.rows import run_rows
 
         return run_rows(options.rows)
+    if options.points:
+        return every_point()
     return campaign(options.faults, options.seed, options.keep)
 
 
@@ -87,6 +92,56 @@ def one_run(place: Path, seed: int, faults: int, tmpfs: bool, points: dict[str, 
         if left:
             print(left, flush=True)
         return nemesis, result | {"runs": 1, "steps": cluster.steps()}
+
+
+def every_point() -> int:
+    """Kills a worker once at every crash point that there is: each start is armed with the next one, run after run."""
+    points = discover()
+    left = {kind: list(names) for kind, names in points.items()}
+    hit: set[str] = set()
+    missed: Counter[str] = Counter()
+    runs = 0
+    while any(left.values()):
+        runs += 1
+        armed = one_armed_run(
+            left, "trainer" if left["trainer"] and (runs % 2 or not left["sampler"]) else "sampler", hit
+        )
+        for kind, point in armed:
+            missed[point] += point not in hit
+            if point not in hit and missed[point] < 3:  # not passed in this run: in another one perhaps
+                left[kind].append(point)
+        print(f"run {runs}: {len(hit)} crash points hit, {sum(map(len, left.values()))} left", flush=True)
+    known = {point for names in points.values() for point in names}
+    print(f"crash points {len(known)}  hit {len(hit)}  runs {runs}  lost 0  doubled 0  orphan processes 0")
+    print(*[f"  not passed again: {point}" for point in sorted(known - hit)], sep="\n", flush=True)
+    return 0
+
+
+def one_armed_run(left: dict[str, list[str]], kind: str, hit: set[str]) -> list[tuple[str, str]]:
+    """A run whose workers of one kind are armed at every start; -> the points used. Adds to `hit`. Raises Violation."""
+    armed: list[tuple[str, str]] = []
+
+    def next_point(of: str) -> tuple[str, int] | None:
+        if of != kind or not left[kind]:
+            return None
+        armed.append((kind, left[kind].pop(0)))
+        return armed[-1][1], 1
+
+    with directory(False) as (place, _), Cluster(place, steps=12) as cluster:
+        cluster.next_point = next_point
+        killed: list[bool] = []
+
+        def resume_once() -> None:
+            if not killed and cluster.trainer and cluster.steps() >= 8:  # a checkpoint is there to start from
+                killed.append(True)
+                cluster.signal(cluster.trainer.pids[0], signal.SIGKILL)
+
+        cluster.run(resume_once)
+        result = cluster.audit()
+        if result["lost"] or result["doubled"] or cluster.leftovers():
+            raise Violation(f"{result} after {armed}")
+        hit |= set(cluster.hits.read_text().splitlines()) if cluster.hits.exists() else set()
+    return armed
 
 
 def discover() -> dict[str, list[str]]:
