@@ -1,7 +1,8 @@
 """FAILED.md: which process of a run failed first, its last lines and what to do. Every later one points to it.
 
 A dying trainer takes its other ranks and, in the end, its samplers with it: of many error messages only the first
-says why. The file is made exclusively, so the first one keeps it; a new start of the same worker puts it aside.
+says why. The file is made exclusively, so the first one stays at its top and later ones are added below; a new start
+of the same worker puts it aside.
 """
 
 import collections
@@ -30,7 +31,6 @@ ADVICE = {
     2: "Mend what the message names and start again.",
     3: "This sampler does not belong to this run: start it with the run's own directory and recipe.",
     66: "Start the trainer, then the samplers.",
-    69: "End the process that listens on the port, or set network.port = 0.",
     72: "Do not trust this engine's weights: check the versions of vLLM and transformers.",
     73: f"Free space, or mend the disk or its permissions. {AGAIN}",
     74: "Restore a checkpoint from a backup, or start over in a new run directory.",
@@ -52,7 +52,7 @@ class Tail(logging.Handler):
 
 @contextlib.contextmanager
 def explained(run: Path, process: str) -> Iterator[None]:
-    """A failure inside leaves FAILED.md, unless another process has failed before: then the log points to that."""
+    """A failure inside is described in FAILED.md; where another process has failed before, the log points there."""
     tail = Tail()
     logging.getLogger().addHandler(tail)
     try:

@@ -45,7 +45,7 @@ def main(settings: dict) -> None:
         if ranks.first:
             rundir.make()
             open_keys(rundir.keys)
-        ranks.barrier()
+        ranks.max([0])  # the keys are there
         keys = open_keys(rundir.keys)
         hub = Hub(keys, "127.0.0.1", 0) if ranks.first else None
         agreed = Agreement(protocol=1, run_id="r", model="m", tokenizer="t", vocabulary=320, group_size=4, recipe="c")
@@ -54,6 +54,7 @@ def main(settings: dict) -> None:
             desk.sets = {"train": DataSet(rows=100, fingerprint="f"), "eval": DataSet(rows=0, fingerprint="e")}
             desk.open_ledger(100)
         with Inbox(ranks, desk, hub, threading.Event(), rundir) as inbox:
+            inbox.serve()
             policy = Policy(recipe, Path(recipe.model.path), ranks)
             incarnation = settings.get("incarnation", 1)
             checkpoints = Checkpoints(rundir, keys, ranks, incarnation, "m")

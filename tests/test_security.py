@@ -601,9 +601,6 @@ class OneRank:
         assert data is not None and len(data) == size
         return data
 
-    def barrier(self) -> None:
-        pass
-
 
 class StubInbox:
     def state(self) -> dict:

@@ -68,6 +68,7 @@ def trainer(rundir: RunDir, ranks: Ranks, incarnation: int = 1, state: dict | No
     with Inbox(ranks, desk, hub, stop or threading.Event(), rundir) as inbox:
         if state:
             desk.open_ledger(50).restore(state["ledger"])
+        inbox.serve()
         inbox.commit(Pulse(snapshot=snapshot_id(inbox_step(desk), incarnation), manifest_sha256="h"), inbox_step(desk))
         rundir.write_endpoint(Endpoint(address=hub.address, incarnation=incarnation, host="here"))
         yield inbox

@@ -95,6 +95,11 @@ class Inbox:
                 self._desk.exam = None
         return codec.decode_groups(data) if data else None
 
+    def serve(self) -> None:
+        """From now on samplers are heard, on rank 0."""
+        if self._desk:
+            self._thread.start()
+
     # -- rank 0 --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict:
@@ -244,13 +249,12 @@ class Inbox:
                 self._changed.notify_all()
 
     def __enter__(self) -> Self:
-        if self._desk:
-            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
         if self._hub:
             self._hub.wake()
-            self._thread.join(timeout=10.0)
+            if self._thread.is_alive():
+                self._thread.join(timeout=10.0)
             self._hub.close()

@@ -51,17 +51,17 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
     with Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
         # Bind before claiming the incarnation: a second trainer on this port must not fence the first one.
         hub = Hub(keys, recipe.network.bind, recipe.network.port) if ranks.first else None
-        incarnation = ranks.max([rundir.claim_incarnation() if ranks.first else 0])[0]
         if ranks.first:
             put_aside(rundir.path, "trainer")
+        incarnation = ranks.max([rundir.claim_incarnation() if ranks.first else 0])[0]
         tokenizer = load_tokenizer(directory)
         agreement = agree(keys.run_id, directory, tokenizer, recipe)
         desk = Desk(recipe=recipe, agreement=agreement, incarnation=incarnation) if ranks.first else None
-        inbox = Inbox(ranks, desk, hub, stop, rundir)
-        policy = make_policy(recipe, directory, ranks)
-        checkpoints = Checkpoints(rundir, keys, ranks, incarnation, agreement.model)
-        restore(checkpoints.resume(policy), desk, inbox)
-        with inbox:  # samplers are heard only now that the history is known which they must fit
+        with Inbox(ranks, desk, hub, stop, rundir) as inbox:
+            policy = make_policy(recipe, directory, ranks)
+            checkpoints = Checkpoints(rundir, keys, ranks, incarnation, agreement.model)
+            restore(checkpoints.resume(policy), desk, inbox)
+            inbox.serve()  # only now that the history is known which samplers must fit
             if ranks.first:
                 sweep(rundir.snapshots, incarnation)
                 sweep(rundir.checkpoints, incarnation)

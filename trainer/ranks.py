@@ -67,9 +67,6 @@ class Ranks:
             sums = sums | dict(zip(chosen, tensor.tolist(), strict=True))
         return sums
 
-    def barrier(self) -> None:
-        dist.barrier(group=self._control)
-
     def __enter__(self) -> Self:
         return self
 

@@ -432,6 +432,26 @@ def filled(cluster: Cluster, steps: int, last: int) -> Callable[[], None]:
     return lambda: (full(), empty())
 
 
+@row("G15")
+def every_checkpoint_is_spoiled(place: Path, tmpfs: bool) -> None:
+    """Exit code 74, at once, and nothing is started over; what was spoiled is still there to be restored."""
+    with Cluster(place, steps=3 * STEPS) as cluster:
+        cluster.run(after(cluster, 12, cluster.abandon), until=lambda: cluster.abandoned)
+        saved = {path: (path / "state.json").read_bytes() for path in listed(cluster.rundir.checkpoints)}
+        for path, data in saved.items():
+            (path / "state.json").write_bytes(data[:-1] + b"!")
+        cluster.trainer = cluster.start_trainer()
+        began = time.monotonic()
+        cluster.run(until=lambda: not cluster.trainer.alive)
+        assert list(cluster.trainer.codes.values()) == [74] and time.monotonic() - began < 30
+        assert "Restore a checkpoint from a backup" in (cluster.rundir.path / "FAILED.md").read_text()
+        for path, data in saved.items():
+            (path / "state.json").write_bytes(data)
+        cluster.trainer = None
+        cluster.run()
+        check(cluster)
+
+
 @row("G1", "G2", "L4")
 def the_disk_is_full(place: Path, tmpfs: bool) -> None:
     """Training goes on without the snapshots and checkpoints that cannot be written, or ends with 73 and resumes."""
