@@ -282,11 +282,18 @@ def pause(cluster: Cluster, pid: int, seconds: float) -> Callable[[], None]:
 
 @row("C1")
 def a_sampler_sleeps(place: Path, tmpfs: bool) -> None:
-    """Shorter than dead_s and longer: in the second case its leases go to the other sampler."""
+    """Shorter than dead_s and longer: in the second case its leases go to the other sampler.
+
+    That one sleeps a little too: alone it could finish the run before the first is missed.
+    """
     with Cluster(place, steps=100, samplers=2) as cluster:
         resume: list[Callable[[], None]] = []
-        short = after(cluster, 3, lambda: resume.append(pause(cluster, cluster.samplers[0].pids[0], 0.4 * DEAD_S)))
-        long = after(cluster, 20, lambda: resume.append(pause(cluster, cluster.samplers[0].pids[0], 2.5 * DEAD_S)))
+
+        def sleep(number: int, seconds: float) -> None:
+            resume.append(pause(cluster, cluster.samplers[number].pids[0], seconds))
+
+        short = after(cluster, 3, lambda: sleep(0, 0.4 * DEAD_S))
+        long = after(cluster, 20, lambda: (sleep(0, 2.5 * DEAD_S), sleep(1, 1.75 * DEAD_S)))
         cluster.run(lambda: (short(), long(), *[again() for again in resume]))
         assert cluster.restarts == {"trainer": 0, "sampler": 0}, cluster.restarts
         assert "was silent for 2 s" in log(cluster, "trainer")
