@@ -17,11 +17,12 @@ one costs nothing. Integers are checked by type, arrays by `codec.unpack`, sizes
 Errors: a frame that does not decode is counted and dropped; a Group that makes no sense is acked `invalid`.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Both sides must speak the same version; there is no negotiation."""
 
 Text = Annotated[str, Meta(max_length=256)]
@@ -110,6 +111,8 @@ class Completion(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     reward: float
     rewards: dict[Text, float | None]
     """By function, before weighting; None = not applicable."""
+    answers: dict[Text, Text | None] = {}
+    """Of a held-out prompt, by extractor: the final number as a fraction, None where there is none."""
 
 
 class Group(Message, frozen=True):
@@ -125,6 +128,8 @@ class Group(Message, frozen=True):
     prompt: Array
     """[m] token ids"""
     completions: Annotated[list[Completion], Meta(min_length=1, max_length=4096)]
+    gold: Text | None = None
+    """Of a held-out prompt: the right number, written like `answers`."""
     seconds: float = 0.0
     """From lease to result."""
 
@@ -173,7 +178,7 @@ class Lease(Message, frozen=True):
 class Ack(Message, frozen=True):
     split: Split
     group_id: Count
-    status: Literal["accepted", "duplicate", "stale", "invalid", "unknown", "full", "failed"]
+    status: Literal["accepted", "duplicate", "stale", "invalid", "unknown", "full", "failed", "no_signal"]
     why: Why = ""
 
 
@@ -184,6 +189,11 @@ class Who(Message, frozen=True):
 class Stop(Message, frozen=True):
     final: bool
     """True: the run is complete, exit 0. False: the trainer restarts, wait for it."""
+
+
+def without_signal(rewards: Sequence[float]) -> bool:
+    """Whether a group's rewards are all equal, so that no completion is better than another."""
+    return all(reward == rewards[0] for reward in rewards)
 
 
 Up = Hello | Beat | Group | Failure | Unreadable | Bye

@@ -13,6 +13,8 @@ NonNegative = Annotated[int, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Rate = Annotated[float, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
+Extractor = Literal["marks", "heading", "boxed", "tag", "last"]
+"""`sampler/rewards/answers.py` says what each of them takes for the answer."""
 
 
 THINK = (
@@ -59,15 +61,29 @@ class Data(Table, frozen=True):
     prefix: list[dict[str, str]] = []
     """Messages between the system message and the user's: worked examples."""
     max_prompt_tokens: Positive = 512
+    demonstration: str = ""
+    """Objective `sft`: the assistant's message to learn from, `{column}` replaced as in `template`."""
 
 
 class Sampling(Table, frozen=True):
     group_size: Annotated[int, Meta(ge=1)] = 8
-    """Completions per prompt."""
+    """Completions per prompt; 1 with the objective `sft`."""
     max_tokens: Positive = 512
     """Tokens per completion; longer ones are cut and marked `length`."""
     temperature: Annotated[float, Meta(gt=0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Less than 1, like the three settings below it, changes the policy that samples into another than the one that is
+    trained: allowed with `recompute_old_logprobs = true` and `correction = "none"` only."""
+    top_k: NonNegative = 0
+    """0: all tokens."""
+    min_p: Fraction = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
     stop: list[str] = []
+    """Texts that end a completion; reward functions do not see them."""
+    stop_after: list[str] = []
+    """Texts that close an answer and so end a completion, `</answer>` for example; reward functions see them."""
+    stop_token_ids: list[NonNegative] = []
+    """On top of the end-of-sequence tokens of tokenizer and generation configuration."""
 
 
 class Reward(Table, frozen=True):
@@ -94,10 +110,17 @@ class Evaluation(Table, frozen=True):
 
     before: bool = True
     after: bool = True
+    every: NonNegative = 0
+    """Steps between two evaluations beside training; 0: none."""
     temperature: Rate = 0.0
     """0 is greedy."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     samples: Positive = 1
-    """Completions per held-out prompt."""
+    """Completions per held-out prompt; with n > 1 also pass@k and maj@k."""
+    extractors: list[Extractor] = field(default_factory=lambda: ["marks", "last"])
+    """Ways to find the final number in a completion, each with an accuracy of its own; the first one votes in maj@k."""
+    patience: NonNegative = 0
+    """Evaluations in a row without a new best after which training ends; 0: never."""
 
 
 class SamplerTable(Table, frozen=True):
@@ -120,19 +143,46 @@ class SamplerTable(Table, frozen=True):
     """Of one such process; more is a MemoryError in the function."""
 
 
+OWN_CLIP = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
+"""Of each objective's paper: the ratio is clipped to [1 - low, 1 + high]. For cispo: ScaleRL's upper bound of 5."""
+
+
 class Objective(Table, frozen=True):
     """The loss; `trainer/loss.py` has the formulas and their sources."""
 
+    name: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sft"] = "dapo"
+    clip_low: Fraction | None = None
+    """Unset, this and the next are the objective's own."""
+    clip_high: Rate | None = None
+    dual_clip: Rate = 0.0
+    """Bound of the ratio where the advantage is negative, above 1; 0: none."""
     kl_beta: Rate = 0.04
-    """Weight of the k3 KL estimate against the reference; 0 loads no reference."""
-    clip_low: Fraction = 0.2
-    clip_high: Rate = 0.2
-    importance_cap: Annotated[float, Meta(ge=1)] = 2.0
-    """Upper bound of the truncated importance weight."""
-    advantage_std: bool = True
-    """Divide the group advantage by the group's standard deviation."""
+    """Weight of the KL estimate against the reference; 0 loads no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_bonus: Rate = 0.0
+    """Weight of the mean token entropy, which the loss then raises."""
+    advantage: str | None = None
+    """`group`, `mean`, `rloo`, `batch`, `reinforce++` or `file.py:function`; unset: `mean` for dr_grpo, else `group`."""
+    mask_truncated: bool = False
+    """Completions that were cut at `max_tokens` are not trained."""
+    correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    """Of the difference between the sampler's log-probs and the trainer's own before the step."""
+    correction_cap: Annotated[float, Meta(ge=1)] = 2.0
+    """Largest weight (truncate), or largest ratio that is trained (mask)."""
+    correction_floor: Fraction = 0.0
+    """Smallest ratio that is trained (mask)."""
     recompute_old_logprobs: bool = False
     """Three policies: clip against the trainer's own log-probs before the step, weight by old / sampler."""
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """[1 - low, 1 + high] is where the ratio may move."""
+        low, high = OWN_CLIP[self.name]
+        return low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high
+
+    @property
+    def advantage_name(self) -> str:
+        return self.advantage or ("mean" if self.name == "dr_grpo" else "group")
 
 
 class Optimizer(Table, frozen=True):
@@ -156,6 +206,9 @@ class TrainerTable(Table, frozen=True):
     """Packed tokens in one forward pass of one rank."""
     max_staleness: NonNegative = 1
     """Optimizer steps between the weights that sampled a token and the weights that it trains."""
+    refill: Rate = 0.0
+    """Groups whose rewards are all equal teach nothing: up to `refill * prompts_per_step` of them in a step are
+    replaced by others and not trained. 0: they are trained like all."""
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 1
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     gradient_checkpointing: bool = True
@@ -163,6 +216,10 @@ class TrainerTable(Table, frozen=True):
     """Completion positions whose logits exist at the same time."""
     checkpoint_every: Positive = 20
     keep_checkpoints: Positive = 2
+    keep_gb: Rate = 0.0
+    """Bytes that snapshots and checkpoints may take together, as far as none that is needed must go; 0: no limit."""
+    record: bool = True
+    """Keep the groups of every step in `stream/`, for `python -m trainer --replay`."""
     threads: NonNegative = 0
     """CPU threads per rank without a GPU; 0 divides the cores evenly."""
 

@@ -21,6 +21,12 @@ from protocol.errors import UserError
 from protocol.recipe import Recipe
 
 
+GROUPWISE = ("group", "mean", "rloo", "batch")
+"""Advantages that are 0 in a group whose rewards are all equal."""
+FILTERS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Settings of `sampling` that change the distribution, where they do not."""
+
+
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in `path` (None: all defaults) with `table.key=value` overrides applied.
 
@@ -63,12 +69,40 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"lora.rank = {recipe.lora.rank}: vLLM serves adapters up to rank 512")
     if not recipe.reward:
         raise UserError("the recipe has no [[reward]]; name at least one function")
-    if recipe.sampling.group_size == 1:
-        raise UserError("sampling.group_size = 1 has no group to compare with; use 2 or more")
+    _check_objective(recipe)
     if network.beat_s >= network.dead_s:
         raise UserError(f"network.beat_s = {network.beat_s} must be below network.dead_s = {network.dead_s}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", recipe.name):
         raise UserError(f"name = {recipe.name!r} names a directory: use letters, digits, '.', '_' and '-'")
+
+
+def _check_objective(recipe: Recipe) -> None:
+    """What the loss cannot be right with."""
+    objective, sampling = recipe.objective, recipe.sampling
+    if objective.name == "sft":
+        if sampling.group_size != 1 or objective.kl_beta or not recipe.data.demonstration:
+            raise UserError(
+                "objective.name = 'sft' learns from demonstrations: set data.demonstration, sampling.group_size = 1 "
+                "and objective.kl_beta = 0"
+            )
+    elif sampling.group_size == 1:
+        raise UserError("sampling.group_size = 1 has no group to compare with; use 2 or more")
+    if 0 < objective.dual_clip <= 1:
+        raise UserError(f"objective.dual_clip = {objective.dual_clip} must be above 1, or 0 for none")
+    if recipe.trainer.refill and (objective.name == "sft" or objective.advantage_name not in GROUPWISE):
+        raise UserError(
+            f"trainer.refill drops groups whose rewards are all equal, but with objective.advantage = "
+            f"{objective.advantage_name!r} they may teach something; set refill = 0"
+        )
+    filtered = [name for name, off in FILTERS.items() if getattr(sampling, name) != off]
+    if filtered and not (objective.recompute_old_logprobs and objective.correction == "none"):
+        raise UserError(
+            f"sampling.{filtered[0]} = {getattr(sampling, filtered[0])} samples from another policy than the one that is "
+            f"trained, and its log-probs bias every importance weight; leave it at {FILTERS[filtered[0]]}, or set "
+            f"objective.recompute_old_logprobs = true and objective.correction = 'none' to train without them"
+        )
+    if recipe.eval.patience and not recipe.eval.every:
+        raise UserError("eval.patience counts evaluations during training; set eval.every too")
 
 
 def _is_everywhere(address: str) -> bool:
@@ -145,4 +179,5 @@ def fingerprint(recipe: Recipe) -> str:
     shared = {name: msgspec.to_builtins(getattr(recipe, name)) for name in ("seed", "lora", "sampling", "reward")}
     shared["eval"] = msgspec.to_builtins(recipe.eval)
     shared["reference"] = recipe.objective.kl_beta > 0 and not recipe.lora.rank
+    shared["refill"], shared["sft"] = recipe.trainer.refill > 0, recipe.objective.name == "sft"
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """The run directory: where everything lies. It is all that two machines of one run need to share.
 
-recipe.toml  endpoint.json  keys/  incarnations/  snapshots/  checkpoints/
-metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  logs/  quarantine/  FAILED.md
+recipe.toml  endpoint.json  keys/  incarnations/  snapshots/  checkpoints/  best -> snapshots/...
+metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  stream/  evals/*.json  logs/  quarantine/  FAILED.md
 """
 
 import os
@@ -52,6 +52,21 @@ class RunDir:
         return self.path / "rollouts"
 
     @property
+    def stream(self) -> Path:
+        """The groups of every step, for a replay."""
+        return self.path / "stream"
+
+    @property
+    def evals(self) -> Path:
+        """One file for each evaluation, named by its snapshot."""
+        return self.path / "evals"
+
+    @property
+    def best(self) -> Path:
+        """A link to the snapshot with the best held-out accuracy."""
+        return self.path / "best"
+
+    @property
     def quarantine(self) -> Path:
         return self.path / "quarantine"
 
@@ -66,7 +81,7 @@ class RunDir:
     def make(self) -> None:
         """Creates what is missing. Raises StorageError where that is not allowed."""
         try:
-            for name in ("snapshots", "checkpoints", "metrics", "rollouts", "logs", "incarnations"):
+            for name in ("snapshots", "checkpoints", "metrics", "rollouts", "stream", "evals", "logs", "incarnations"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot make the run directory {self.path}: {error.strerror}") from None
