@@ -92,7 +92,7 @@ class TokenLogprobs(nn.Module):
         self.chunk = chunk
 
     def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        """-> log-probs [n] and entropies [n] (no gradient), float32, in nats."""
+        """-> log-probs [n] and entropies [n], float32, in nats."""
         output = self.model.base_model(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
@@ -119,22 +119,29 @@ class SelectedLogprobs(torch.autograd.Function):
             all_logprobs = _log_softmax(hidden[part], weight, temperature)
             logprobs[part] = all_logprobs.gather(1, targets[part, None])[:, 0]
             entropies[part] = -(all_logprobs.exp() * all_logprobs).sum(1)
-        ctx.save_for_backward(hidden, weight, targets)
+        ctx.save_for_backward(hidden, weight, targets, entropies)
         ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropies)
+        ctx.set_materialize_grads(False)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor):
-        """d logprob / d logits = (onehot(target) - softmax) / temperature; the softmax is computed again."""
-        hidden, weight, targets = ctx.saved_tensors
+    def backward(ctx, grad: Tensor | None, grad_entropies: Tensor | None):
+        """With p the softmax, which is computed again, the temperature T and the entropy H:
+
+        d logprob / d logits = (onehot(target) - p) / T        d H / d logits = -p (log p + H) / T
+        """
+        hidden, weight, targets, entropies = ctx.saved_tensors
+        grad = torch.zeros_like(entropies) if grad is None else grad
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in _chunks(len(targets), ctx.chunk):
-            grad_logits = -_log_softmax(hidden[part], weight, ctx.temperature).exp_()
-            grad_logits[torch.arange(len(grad_logits)), targets[part]] += 1
-            grad_logits *= grad[part, None] / ctx.temperature
-            grad_logits = grad_logits.to(weight.dtype)
+            all_logprobs = _log_softmax(hidden[part], weight, ctx.temperature)
+            factor = -grad[part, None]
+            if grad_entropies is not None:
+                factor = factor - grad_entropies[part, None] * (all_logprobs + entropies[part, None])
+            grad_logits = all_logprobs.exp_().mul_(factor)
+            grad_logits[torch.arange(len(grad_logits)), targets[part]] += grad[part]
+            grad_logits = grad_logits.div_(ctx.temperature).to(weight.dtype)
             grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[part]

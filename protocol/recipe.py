@@ -143,10 +143,6 @@ class SamplerTable(Table, frozen=True):
     """Of one such process; more is a MemoryError in the function."""
 
 
-OWN_CLIP = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
-"""Of each objective's paper: the ratio is clipped to [1 - low, 1 + high]. For cispo: ScaleRL's upper bound of 5."""
-
-
 class Objective(Table, frozen=True):
     """The loss; `trainer/loss.py` has the formulas and their sources."""
 
@@ -162,7 +158,7 @@ class Objective(Table, frozen=True):
     entropy_bonus: Rate = 0.0
     """Weight of the mean token entropy, which the loss then raises."""
     advantage: str | None = None
-    """`group`, `mean`, `rloo`, `batch`, `reinforce++` or `file.py:function`; unset: `mean` for dr_grpo, else `group`."""
+    """`group`, `mean`, `rloo`, `batch`, `reinforce++` or `file.py:function`; unset: `mean` for dr_grpo, or `group`."""
     mask_truncated: bool = False
     """Completions that were cut at `max_tokens` are not trained."""
     correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
@@ -173,12 +169,6 @@ class Objective(Table, frozen=True):
     """Smallest ratio that is trained (mask)."""
     recompute_old_logprobs: bool = False
     """Three policies: clip against the trainer's own log-probs before the step, weight by old / sampler."""
-
-    @property
-    def clip(self) -> tuple[float, float]:
-        """[1 - low, 1 + high] is where the ratio may move."""
-        low, high = OWN_CLIP[self.name]
-        return low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high
 
     @property
     def advantage_name(self) -> str:

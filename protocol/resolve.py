@@ -20,7 +20,6 @@ import tomli_w
 from protocol.errors import UserError
 from protocol.recipe import Recipe
 
-
 GROUPWISE = ("group", "mean", "rloo", "batch")
 """Advantages that are 0 in a group whose rewards are all equal."""
 FILTERS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -97,8 +96,8 @@ def _check_objective(recipe: Recipe) -> None:
     filtered = [name for name, off in FILTERS.items() if getattr(sampling, name) != off]
     if filtered and not (objective.recompute_old_logprobs and objective.correction == "none"):
         raise UserError(
-            f"sampling.{filtered[0]} = {getattr(sampling, filtered[0])} samples from another policy than the one that is "
-            f"trained, and its log-probs bias every importance weight; leave it at {FILTERS[filtered[0]]}, or set "
+            f"sampling.{filtered[0]} = {getattr(sampling, filtered[0])} samples from another policy than the one that "
+            f"is trained, and its log-probs bias every importance weight; leave it at {FILTERS[filtered[0]]}, or set "
             f"objective.recompute_old_logprobs = true and objective.correction = 'none' to train without them"
         )
     if recipe.eval.patience and not recipe.eval.every:

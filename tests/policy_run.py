@@ -6,6 +6,7 @@ The first rank prints one JSON line a step: rows, gradient, its norm, KL, a chec
 """
 
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -18,6 +19,7 @@ from policy.model import load_tokenizer
 from protocol.channel import Hub
 from protocol.keys import open_keys
 from protocol.messages import Agreement, DataSet
+from protocol.metrics import MetricsWriter
 from protocol.resolve import load
 from protocol.rundir import RunDir
 from tests.groups import make_group
@@ -25,9 +27,10 @@ from trainer.checkpoint import Checkpoints
 from trainer.desk import Desk
 from trainer.engine import Policy
 from trainer.inbox import Inbox
-from trainer.loss import grpo, summarize
+from trainer.loss import objective_loss
 from trainer.publish import Publisher
 from trainer.ranks import Ranks
+from trainer.record import Record
 from trainer.store import Store
 
 
@@ -91,14 +94,13 @@ def spoiled(logprobs: torch.Tensor, loss: torch.Tensor, what: str) -> torch.Tens
 def step(policy: Policy, store: Store, inbox: Inbox, ranks: Ranks, recipe, spoil: dict) -> dict:
     spoil_now = spoil and policy.steps_done == spoil["after"] and policy.skipped < spoil["times"]
     spoil_now = spoil_now and ranks.rank == spoil["rank"]
-    sums: dict[str, float] = {}
+    record = Record(MetricsWriter(Path(os.devnull)), ranks, store)
     batch = policy.batch(groups(policy.steps_done, recipe))
     for micro in policy.accumulate(batch.micro_batches):
         logprobs, entropies = policy.logprobs(micro)
-        loss, measured = grpo(logprobs, entropies, micro, recipe.objective)
+        loss, figures = objective_loss(logprobs, entropies, micro, recipe.objective)
         policy.backward(spoiled(logprobs, loss, spoil["what"]) if spoil_now else loss)
-        for name, value in measured.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+        record.add(figures)
     gradient = [safe_get_full_grad(p) for p in policy.model.parameters() if p.requires_grad]
     flat = torch.cat([g.flatten().double() for g in gradient if g is not None]) if gradient[0] is not None else None
     done = policy.update()
@@ -106,7 +108,7 @@ def step(policy: Policy, store: Store, inbox: Inbox, ranks: Ranks, recipe, spoil
         store.publish(policy)
         store.checkpoint(policy, inbox)
     checksum = {name: float(tensor.double().abs().sum()) for name, tensor in policy.weights() if tensor.numel()}
-    measured = summarize(ranks.combine(sums))
+    measured = record.measured()
     return {
         "step": policy.steps_done,
         "done": done,

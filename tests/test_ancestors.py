@@ -24,19 +24,21 @@ import pytest
 import torch
 
 from protocol.codec import pack, token_array
-from protocol.recipe import Objective, Recipe
+from protocol.recipe import Objective, Recipe, TrainerTable
 from protocol.snapshot import snapshot_id
 from tests.groups import make_group
 from tests.test_ledger import answer, ledger
+from trainer.advantage import ADVANTAGES
 from trainer.batch import make_batch
-from trainer.loss import grpo
+from trainer.figures import of_tokens
+from trainer.loss import objective_loss
 
 OURS = [path for room in ("protocol", "policy", "sampler", "trainer", "launch") for path in Path(room).rglob("*.py")]
 
 
-def batch(groups, **options):
-    settings = {"rank": 0, "world": 1, "tokens_per_micro_batch": 10**6, "advantage_std": True, "skip_zero": False}
-    return make_batch(groups, step=0, **settings | options)
+def batch(groups, rank=0, world=1, tokens=10**6, kl_beta=0.04):
+    recipe = Recipe(objective=Objective(kl_beta=kl_beta), trainer=TrainerTable(tokens_per_micro_batch=tokens))
+    return make_batch(groups, recipe, ADVANTAGES["group"], rank=rank, world=world, step=0)
 
 
 def test_4_and_13_end_and_padding_tokens_inside_a_completion_are_trained():
@@ -85,10 +87,11 @@ def test_7_nothing_catches_everything():
 
 
 def test_8_a_filler_adds_to_no_average():
-    [micro] = batch([make_group(0, rewards=[1.0, 1.0])], skip_zero=True).micro_batches
+    [micro] = batch([make_group(0, rewards=[1.0, 1.0])], kl_beta=0.0).micro_batches
     logprobs = torch.full_like(micro.mask, -1.0, requires_grad=True)
-    loss, sums = grpo(logprobs, torch.ones_like(micro.mask), micro, Objective(kl_beta=0.0))
-    assert loss == 0 and all(value == 0 for value in sums.values())
+    loss, tokens = objective_loss(logprobs, torch.ones_like(micro.mask), micro, Objective(kl_beta=0.0))
+    assert loss == 0
+    assert not any(of_tokens({name: values.numpy() for name, values in tokens.items()}).values())
 
 
 def test_11_the_oldest_ready_groups_are_trained_first():
@@ -101,7 +104,7 @@ def test_11_the_oldest_ready_groups_are_trained_first():
 
 def test_13_advantages_are_of_the_whole_group_however_it_is_split():
     group = make_group(0, rewards=[0.0, 1.0, 5.0, 2.0], lengths=[4, 4, 4, 4])
-    whole = batch([group], tokens_per_micro_batch=10**6).micro_batches
-    shares = [batch([group], rank=rank, world=2, tokens_per_micro_batch=10).micro_batches for rank in range(2)]
+    whole = batch([group], tokens=10**6).micro_batches
+    shares = [batch([group], rank=rank, world=2, tokens=10).micro_batches for rank in range(2)]
     split = [value for share in shares for micro in share for value in micro.advantages[micro.mask > 0].tolist()]
     assert np.allclose(sorted(split), sorted(whole[0].advantages.tolist()))

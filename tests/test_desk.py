@@ -18,12 +18,15 @@ from protocol.messages import (
     Welcome,
     Who,
 )
+from protocol.recipe import Recipe
 from protocol.resolve import load
 from protocol.snapshot import snapshot_id
 from sampler.session import Load, Session
 from tests.groups import make_group
+from trainer.advantage import ADVANTAGES
 from trainer.batch import make_batch
 from trainer.desk import MAX_INVALID, MAX_QUARANTINED, BrokenGroups, Desk
+from trainer.exam import Plan
 from trainer.ledger import MAX_TRIES
 
 AGREED = Agreement(protocol=1, run_id="r", model="m", tokenizer="t", vocabulary=320, group_size=2, recipe="c")
@@ -137,20 +140,103 @@ def test_a_goodbye_frees_them_at_once(desk):
     assert not desk.samplers and not desk.train.leases
 
 
-def test_an_exam_leases_each_held_out_row_once_and_no_training_prompt(desk):
+def plan(number=0, pulse=None, alone=False):
+    return Plan(number=number, pulse=pulse or Pulse(snapshot=NEWEST, manifest_sha256="h"), alone=alone)
+
+
+def leases(letters):
+    return [message for message in said(letters) if isinstance(message, Lease)]
+
+
+def test_an_exam_leases_each_held_out_row_once_beside_training(desk):
     desk.on(b"p", HELLO, 0.0)
-    desk.start_exam(0)
-    letters = desk.on(b"p", beat(), 0.0)
-    assert [message for message in said(letters) if isinstance(message, Lease)] == [
-        Lease(split="eval", items=[(0, 0), (1, 1), (2, 2)])
+    desk.start_exam(plan())
+    assert leases(desk.on(b"p", beat(), 0.0)) == [
+        Lease(split="eval", items=[(0, 0), (1, 1), (2, 2)]),
+        Lease(split="train", items=[(number, desk.train.row(number)) for number in range(4)]),
     ]
     for row in range(3):
+        assert desk.end_exam() is None
         one = make_group(row, rewards=[1.0], split="eval", snapshot=NEWEST)
         assert said(desk.on(b"p", one, 1.0))[0].status == "accepted"
-    assert desk.exam.finished()
-    desk.start_exam(1)
+    assert len(desk.end_exam()) == 3 and desk.exam is None
+    desk.start_exam(plan(1))
     assert said(desk.on(b"p", one, 1.0))[0].status == "duplicate"  # a late answer to the first exam
-    assert not desk.exam.ready
+    assert not desk.exam.ledger.ready
+
+
+def test_an_exam_before_any_sampler_begins_with_the_first_one(desk):
+    desk.start_exam(plan())
+    assert desk.exam is None and desk.end_exam() is None
+    desk.on(b"p", HELLO, 0.0)
+    assert [lease.split for lease in leases(desk.on(b"p", beat(), 0.0))] == ["eval", "train"]
+
+
+def test_who_takes_part_in_an_exam_keeps_its_weights_and_the_others_go_on(desk):
+    """One alone, that has the weights; and all of its answers are by these weights."""
+    newer = Pulse(snapshot=snapshot_id(1, 1), manifest_sha256="h")
+    for name in ("one", "two"):
+        desk.on(name.encode(), msgspec.structs.replace(HELLO, session=name), 0.0)
+    desk.on(b"two", beat("two", want=0), 0.0)
+    desk.start_exam(plan(alone=True))
+    desk.train.commit(1)
+    desk.train.publish(newer.snapshot)
+    desk.pulse = newer
+    assert dict(desk.news()) == {b"one": newer, b"two": plan().pulse}
+    assert leases(desk.on(b"one", beat("one", want=2), 1.0))[0].split == "train"
+    assert [lease.split for lease in leases(desk.on(b"two", beat("two", want=3), 1.0))] == ["eval"]
+    mixed = make_group(0, rewards=[1.0], split="eval", snapshot=newer.snapshot, session="two")
+    assert said(desk.on(b"two", mixed, 1.0))[0].status == "stale"
+    for row in range(3):
+        desk.on(b"two", make_group(row, rewards=[1.0], split="eval", snapshot=NEWEST, session="two"), 2.0)
+    assert said(desk.on(b"two", beat("two"), 3.0))[0] == newer  # at once, before anybody has looked at the answers
+
+
+@pytest.mark.parametrize("how", ["goes", "stands still"])
+def test_an_exam_goes_to_another_sampler_if_its_own_goes_or_stands_still(desk, how):
+    for name in ("one", "two"):
+        desk.on(name.encode(), msgspec.structs.replace(HELLO, session=name), 0.0)
+    desk.on(b"one", beat("one", want=0), 0.0)
+    desk.start_exam(plan(alone=True))
+    assert leases(desk.on(b"one", beat("one", want=3), 0.0))[0].split == "eval"
+    if how == "goes":
+        desk.on(b"one", Bye(session="one"), 1.0)
+    else:
+        for now in range(1, 1000, 20):  # it says that it is alive, and makes no progress
+            desk.on(b"one", beat("one", held=[("eval", row) for row in range(3)]), float(now))
+            desk.on(b"two", beat("two", want=0), float(now))
+            desk.tick(float(now))
+    found = leases(desk.on(b"two", beat("two", want=3), 1000.0))
+    assert found[0] == Lease(split="eval", items=[(0, 0), (1, 1), (2, 2)])
+
+
+def test_a_run_without_held_out_prompts_has_no_exam(desk):
+    desk.on(b"p", msgspec.structs.replace(HELLO, eval=DataSet(rows=0, fingerprint="")), 0.0)
+    desk.start_exam(plan())
+    assert [lease.split for lease in leases(desk.on(b"p", beat(), 0.0))] == ["train"]
+    assert desk.end_exam() == []
+
+
+def test_no_prompt_is_leased_that_no_step_would_train(desk):
+    desk.recipe = load(None, ["trainer.prompts_per_step=2", "sampling.group_size=2", "trainer.steps=1"])
+    desk.on(b"p", HELLO, 0.0)
+    assert leased(desk.on(b"p", beat(), 0.0)) == [0, 1]
+
+
+def test_groups_without_signal_are_replaced_up_to_a_cap_and_never_trained(desk):
+    options = ["prompts_per_step=2", "refill=1.0"]
+    desk.recipe = load(None, [*(f"trainer.{option}" for option in options), "sampling.group_size=2"])
+    desk.on(b"p", HELLO, 0.0)
+    statuses = []
+    for group_id in leased(desk.on(b"p", beat(), 0.0)):
+        group = make_group(group_id, rewards=[1.0, 1.0], row=desk.train.row(group_id), snapshot=NEWEST)
+        statuses += [message.status for message in said(desk.on(b"p", group, 1.0)) if isinstance(message, Ack)]
+    assert statuses == ["no_signal", "no_signal", "accepted", "accepted"]  # a cap of 1.0 * 2
+    assert [group.group_id for group in desk.train.take(2)] == [2, 3]
+    assert desk.train.is_done(0) and desk.train.is_done(1) and not desk.train.is_done(2)
+    assert sorted(desk.train.leases) == [4, 5]  # in the place of the first two
+    desk.train.commit(1)
+    assert desk.train.spare == 2
 
 
 def test_after_the_end_every_word_is_stop(desk):
@@ -252,9 +338,7 @@ def test_equal_rewards_are_accepted_counted_and_teach_nothing(desk):
     for group_id, rewards in ((0, [0.5, 0.5]), (1, [0.0, 1.0])):
         group = make_group(group_id, rewards=rewards, row=desk.train.row(group_id), snapshot=NEWEST)
         assert said(desk.on(b"p", group, 2.0))[0].status == "accepted"
-    batch = make_batch(
-        desk.train.take(2), rank=0, world=1, tokens_per_micro_batch=999, advantage_std=True, skip_zero=False, step=0
-    )
+    batch = make_batch(desk.train.take(2), Recipe(), ADVANTAGES["group"], rank=0, world=1, step=0)
     [micro] = batch.micro_batches
     equal = sum(completion.spans[-1].end for completion in make_group(0, rewards=[0.5, 0.5]).completions)
     assert int((micro.advantages == 0).sum()) == equal < len(micro.advantages)

@@ -67,12 +67,16 @@ def test_the_gradient_equals_autograd_through_full_logits_in_float64(chunk):
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     targets, outer = torch.randint(0, 11, (7,)), torch.randn(7)
-    logprobs, _ = SelectedLogprobs.apply(hidden, weight, targets, 0.8, chunk)
-    found = torch.autograd.grad((logprobs * outer).sum(), [hidden, weight])
-    full = torch.log_softmax(hidden @ weight.T / 0.8, -1).gather(1, targets[:, None])[:, 0]
-    expected = torch.autograd.grad((full * outer).sum(), [hidden, weight])
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    logprobs, entropies = SelectedLogprobs.apply(hidden, weight, targets, 0.8, chunk)
+    full = torch.log_softmax(hidden @ weight.T / 0.8, -1)
+    ours = {"logprobs": logprobs, "entropies": entropies, "both": logprobs + 3 * entropies}
+    chosen, entropy = full.gather(1, targets[:, None])[:, 0], -(full.exp() * full).sum(1)
+    plain = {"logprobs": chosen, "entropies": entropy, "both": chosen + 3 * entropy}
+    for name in ours:
+        found = torch.autograd.grad((ours[name] * outer).sum(), [hidden, weight], retain_graph=True)
+        expected = torch.autograd.grad((plain[name] * outer).sum(), [hidden, weight], retain_graph=True)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 def test_logits_of_all_tokens_never_exist_together(model):

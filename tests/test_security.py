@@ -37,6 +37,7 @@ from protocol.snapshot import Corrupt, Manifest, open_sealed, seal, staging, ste
 from tests.groups import make_group
 from trainer.accept import problem
 from trainer.desk import Desk
+from trainer.exam import Plan
 
 PACKAGES = ("protocol", "policy", "sampler", "trainer", "launch")
 REFUSED = {
@@ -635,7 +636,7 @@ def checkpoints(tmp_path: Path, keys: Keys):
 def saved(tmp_path, keys):
     """A sound checkpoint: (who resumes, its directory)."""
     store, directory = checkpoints(tmp_path, keys)
-    store.save(StubPolicy(), StubInbox(), keep=2)
+    store.save(StubPolicy(), StubInbox())
     [path] = [one for one in directory.iterdir() if one.name.startswith("c")]
     return store, path
 
@@ -1011,7 +1012,7 @@ def test_every_lease_can_be_read_by_the_sampler_that_gets_it():
     desk.pulse = Pulse(snapshot="s00000000.i0001", manifest_sha256="h")
     many = DataSet(rows=25_000, fingerprint="f")
     desk.on(b"p", Hello(session="x", agreement=AGREED, train=many, eval=many), 0.0)
-    desk.start_exam(0)
+    desk.start_exam(Plan(number=0, pulse=desk.pulse, alone=False))
     beat = Beat(session="x", snapshot=desk.pulse.snapshot, want=1 << 40, held=[], progress=0)
     for _, letter in desk.on(b"p", beat, 0.0):
         assert codec.decode_down(codec.encode(letter)) == letter

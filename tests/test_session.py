@@ -139,9 +139,16 @@ def test_groups_flow_exams_are_answered_and_the_end_reaches_the_sampler(rundir, 
     with trainer(rundir, ranks) as inbox:
         sampler = FakeEngine(rundir)
         sampler.start()
-        assert len(inbox.examine()) == 3
+        for alone in (False, True):
+            inbox.start_exam(alone)
+            assert len(inbox.end_exam(wait=True)) == 3
+            assert inbox.end_exam(wait=False) is None
         assert sorted(train(inbox, 6)) == list(range(12))
-        assert len(inbox.examine()) == 3
+        inbox.start_exam(alone=True)  # and training goes on
+        assert sorted(train(inbox, 6)) == list(range(12, 24))
+        answers = inbox.end_exam(wait=True)
+        spans = [span for group in answers for one in group.completions for span in one.spans]
+        assert {span.snapshot for span in spans} == {"s00000006.i0001"}
         inbox.finish(final=True)
         sampler.join(5)
     assert not sampler.is_alive() and sampler.error is None

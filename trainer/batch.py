@@ -1,7 +1,7 @@
-"""Groups -> one step's micro-batches: advantages, one denominator, an even split over ranks, packed rows.
+"""Groups -> one step's micro-batches: advantages, shares, an even split over ranks, packed rows.
 
-The loss of a step is a sum over completion tokens divided by `denominator`, known before the first backward pass
-and the same on every rank. So neither the number of ranks nor the packing changes the update.
+The loss of a step is a sum over completion tokens, each times its `share`. The shares are known before the first
+backward pass and the same on every rank. So neither the number of ranks nor the packing changes the update.
 """
 
 import itertools
@@ -15,8 +15,9 @@ from torch import Tensor
 from policy.logprobs import Packed, pack
 from protocol.codec import unpack
 from protocol.messages import Group
-from protocol.snapshot import step_of
-from trainer.advantage import group_advantages
+from protocol.recipe import Recipe
+from trainer import figures
+from trainer.advantage import Advantage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Sample:
     logprobs: np.ndarray  # [n] float32, the sampler's
     ref_logprobs: np.ndarray | None  # [n] float32
     advantage: float
+    share: float
+    """Of each of its tokens in the step's loss."""
 
 
 Piece = list[Sample]
@@ -37,25 +40,20 @@ Piece = list[Sample]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """What one forward pass needs. n = completion tokens in it; all floats are float32."""
+    """What one forward pass needs. n = completion tokens in it, c = completions; all floats are float32."""
 
     packed: Packed
     sampler_logprobs: Tensor  # [n]
     ref_logprobs: Tensor | None  # [n]
     advantages: Tensor  # [n]
     mask: Tensor  # [n], 0 for the tokens of a filler
-    denominator: float
+    shares: Tensor  # [n], of each token in the step's loss; 0 where masked
+    completion: Tensor  # [n] int64, which of the c completions a token belongs to
+    lengths: Tensor  # [c], tokens
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        ref = None if self.ref_logprobs is None else self.ref_logprobs.to(device)
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            sampler_logprobs=self.sampler_logprobs.to(device),
-            ref_logprobs=ref,
-            advantages=self.advantages.to(device),
-            mask=self.mask.to(device),
-        )
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return MicroBatch(**{name: part if part is None else part.to(device) for name, part in parts.items()})
 
     def with_reference(self, ref_logprobs: Tensor) -> "MicroBatch":
         return replace(self, ref_logprobs=ref_logprobs)
@@ -71,30 +69,38 @@ class Batch:
 
 
 def make_batch(
-    groups: Sequence[Group],
-    *,
-    rank: int,
-    world: int,
-    tokens_per_micro_batch: int,
-    advantage_std: bool,
-    skip_zero: bool,
-    step: int,
+    groups: Sequence[Group], recipe: Recipe, advantages: Advantage, *, rank: int, world: int, step: int
 ) -> Batch:
-    """Every rank calls this with the same groups and gets its own share.
+    """Every rank calls this with the same groups and gets its own share of the work.
 
-    skip_zero: leave out completions whose advantage is exactly 0. That is exact where the loss has no other term
-    (kl_beta = 0), because the denominator still counts them.
+    Left out are completions without any effect on the loss: masked ones, and without a KL or entropy term those whose
+    advantage is exactly 0. The shares of the others still count them.
     """
-    pieces = [_samples(group, advantage_std) for group in groups]
-    denominator = float(sum(len(sample.tokens) for piece in pieces for sample in piece))
-    trained = [[sample for sample in piece if sample.advantage or not skip_zero] for piece in pieces]
-    shares = [pack_rows(share, tokens_per_micro_batch) for share in split_evenly(trained, world)]
+    pieces = _samples(groups, recipe, advantages)
+    all_count = bool(recipe.objective.kl_beta or recipe.objective.entropy_bonus) and not recipe.trainer.refill
+    trained = [[sample for sample in piece if sample.share and (sample.advantage or all_count)] for piece in pieces]
+    shares = [pack_rows(share, recipe.trainer.tokens_per_micro_batch) for share in split_evenly(trained, world)]
     rows = shares[rank] + [[]] * (max(1, *map(len, shares)) - len(shares[rank]))  # ranks must step together
     return Batch(
-        micro_batches=[_micro_batch(row, denominator) for row in rows],
+        micro_batches=[_micro_batch(row) for row in rows],
         group_ids=[group.group_id for group in groups],
-        figures={**_figures(groups, step), "train/tokens": float(sum(map(length, trained)))},
+        figures={**figures.of_groups(groups, step), "train/tokens": float(sum(map(length, trained)))},
     )
+
+
+def token_shares(lengths: np.ndarray, masked: np.ndarray, objective: str, max_tokens: int) -> np.ndarray:
+    """lengths [c] of all completions of a step, masked [c] those that are not trained -> [c] the share of each token.
+
+    grpo and gspo: 1 / (c * length). dr_grpo: 1 / (c * max_tokens). Others: 1 / tokens that are trained.
+    """
+    match objective:
+        case "grpo" | "gspo":
+            shares = 1.0 / (len(lengths) * lengths)
+        case "dr_grpo":
+            shares = np.full(len(lengths), 1.0 / (len(lengths) * max_tokens))
+        case _:
+            shares = np.full(len(lengths), 1.0 / max(1, lengths[~masked].sum()))
+    return np.where(masked, 0.0, shares)
 
 
 def length(piece: Piece) -> int:
@@ -155,65 +161,60 @@ FILLER = Sample(
     logprobs=np.zeros(1, np.float32),
     ref_logprobs=np.zeros(1, np.float32),
     advantage=0.0,
+    share=0.0,
 )
 """Stands in where a rank has fewer rows than others; its mask is 0."""
 
 
-def _samples(group: Group, advantage_std: bool) -> Piece:
-    prompt = unpack(group.prompt)
-    rewards = np.array([completion.reward for completion in group.completions])
-    return [
+def _samples(groups: Sequence[Group], recipe: Recipe, advantages: Advantage) -> list[Piece]:
+    objective = recipe.objective
+    completions = [completion for group in groups for completion in group.completions]
+    tokens = [unpack(completion.tokens) for completion in completions]
+    masked = np.array([objective.mask_truncated and completion.finish == "length" for completion in completions])
+    shares = token_shares(np.array([*map(len, tokens)]), masked, objective.name, recipe.sampling.max_tokens)
+    rewards = np.array([[completion.reward for completion in group.completions] for group in groups], np.float64)
+    better = np.ones_like(rewards) if objective.name == "sft" else advantages(rewards)
+    samples = [
         Sample(
             group=group.group_id,
             prompt=prompt,
-            tokens=unpack(completion.tokens),
+            tokens=ids,
             logprobs=unpack(completion.logprobs),
             ref_logprobs=None if completion.ref_logprobs is None else unpack(completion.ref_logprobs),
             advantage=float(advantage),
+            share=float(share),
         )
-        for completion, advantage in zip(group.completions, group_advantages(rewards, advantage_std), strict=True)
+        for (group, prompt, completion), ids, advantage, share in zip(
+            [(group, unpack(group.prompt), one) for group in groups for one in group.completions],
+            tokens,
+            better.flat,
+            shares,
+            strict=True,
+        )
     ]
+    ends = itertools.accumulate(len(group.completions) for group in groups)
+    return [samples[end - len(group.completions) : end] for group, end in zip(groups, ends, strict=True)]
 
 
-def _micro_batch(row: list[Piece], denominator: float) -> MicroBatch:
+def _micro_batch(row: list[Piece]) -> MicroBatch:
     pieces = row or [[FILLER]]
     samples = list(itertools.chain(*pieces))
+    lengths = np.array([len(sample.tokens) for sample in samples])
     refs = [sample.ref_logprobs for sample in samples if sample.ref_logprobs is not None]
-    advantages = [np.full(len(sample.tokens), sample.advantage) for sample in samples]
+
+    def spread(values: list[float]) -> Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, np.float32), lengths))
+
     return MicroBatch(
         packed=pack([(piece[0].prompt, [sample.tokens for sample in piece]) for piece in pieces]),
         sampler_logprobs=_float32([sample.logprobs for sample in samples]),
         ref_logprobs=_float32(refs) if refs else None,
-        advantages=_float32(advantages),
-        mask=torch.full((sum(map(len, advantages)),), float(bool(row))),
-        denominator=denominator,
+        advantages=spread([sample.advantage for sample in samples]),
+        mask=torch.full((int(lengths.sum()),), float(bool(row))),
+        shares=spread([sample.share for sample in samples]),
+        completion=torch.from_numpy(np.repeat(np.arange(len(samples)), lengths)),
+        lengths=torch.from_numpy(lengths.astype(np.float32)),
     )
-
-
-def _figures(groups: Sequence[Group], step: int) -> dict[str, float]:
-    """What the step was fed with, under TRL's names where they mean the same."""
-    completions = [completion for group in groups for completion in group.completions]
-    rewards = np.array([[completion.reward for completion in group.completions] for group in groups])
-    lengths = np.array([span.end - span.start for c in completions for span in c.spans], np.float64)
-    ages = np.array([step - step_of(span.snapshot) for c in completions for span in c.spans], np.float64)
-    totals = np.array([c.spans[-1].end for c in completions], np.float64)
-    figures = {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(axis=1).mean(),
-        "frac_reward_zero_std": (rewards == rewards[:, :1]).all(axis=1).mean(),
-        "completions/mean_length": totals.mean(),
-        "completions/max_length": totals.max(),
-        "completions/clipped_ratio": np.mean([c.finish == "length" for c in completions]),
-        "staleness/mean": (ages * lengths).sum() / lengths.sum(),
-        "staleness/max": ages.max(),
-        "completions/tokens": totals.sum(),
-    }
-    for name in completions[0].rewards:
-        values = [c.rewards[name] for c in completions if c.rewards.get(name) is not None]
-        figures[f"rewards/{name}/mean"] = np.mean(values) if values else float("nan")
-    first = next(iter(completions[0].rewards))
-    figures["accuracy"] = np.mean([(c.rewards.get(first) or 0.0) > 0 for c in completions])
-    return {name: float(value) for name, value in figures.items()}
 
 
 def _float32(parts: Sequence[np.ndarray]) -> Tensor:

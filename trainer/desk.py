@@ -27,10 +27,13 @@ from protocol.messages import (
     Up,
     Welcome,
     Who,
+    without_signal,
 )
 from protocol.recipe import Recipe
 from trainer.accept import problem
+from trainer.exam import Exam, Plan, open_exam
 from trainer.ledger import Ledger
+from trainer.solved import Solved
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +70,20 @@ class Desk:
     incarnation: int
     train: Ledger | None = None
     """None until a sampler or a checkpoint says how many rows there are."""
-    exam: Ledger | None = None
-    """Held-out prompts being scored; nothing else is leased meanwhile, so that one version answers all of them."""
+    exam: Exam | None = None
+    planned: Plan | None = None
+    """An exam that begins when the first sampler says how many held-out rows there are."""
     sets: dict[Split, DataSet] = field(default_factory=dict)
     samplers: dict[str, Sampler] = field(default_factory=dict)
     pulse: Pulse | None = None
     stop: Stop | None = None
-    doubted: bool = False
-    """A sampler could not read the announced snapshot."""
+    doubted: Pulse | None = None
+    """A snapshot that a sampler could not read."""
     banned: set[str] = field(default_factory=set)
     """Sessions that were sent away."""
     unsound: dict[str, int] = field(default_factory=dict)
     """By session, however often it says hello: unsound groups since its last sound one; none before the first."""
+    solved: Solved = field(default_factory=Solved)
     counts: dict[str, int] = field(default_factory=dict)
     """Groups by the status they were acknowledged with, and other things worth a number."""
 
@@ -99,7 +104,8 @@ class Desk:
             case Unreadable():
                 log.error("sampler %s cannot read %s: %s", message.session, message.snapshot, message.why)
                 self._count("snapshots_unreadable")
-                self.doubted |= self.pulse is not None and self.pulse.snapshot == message.snapshot
+                announced = [pulse for pulse in (self.pulse, self.exam and self.exam.pulse) if pulse]
+                self.doubted = next((p for p in announced if p.snapshot == message.snapshot), self.doubted)
             case Bye():
                 self._lose(message.session, "said goodbye")
         return []
@@ -110,30 +116,30 @@ class Desk:
             if now - sampler.seen > self.recipe.network.dead_s:
                 self._count("samplers_lost")
                 self._lose(session, f"was silent for {self.recipe.network.dead_s:.0f} s")
-        for ledger in self._ledgers():
+            elif self.exam and now - sampler.moved >= self.recipe.network.lease_s:
+                self.exam.hand_over(session, self.samplers)
+        for ledger in self._ledgers().values():
             self._count("leases_expired", len(ledger.expire(now)))
         return [letter for session in list(self.samplers) for letter in self._grant(session, now)]
 
     def news(self) -> Letters:
         """After new weights or the end: what every sampler should hear without waiting for its next beat."""
-        message = self.stop or self.pulse
-        return [(sampler.peer, message) for sampler in self.samplers.values()] if message else []
+        letters = [(sampler.peer, self._news(session)) for session, sampler in self.samplers.items()]
+        return [(peer, message) for peer, message in letters if message]
 
-    def start_exam(self, number: int) -> None:
-        """Leases every held-out row once; ids of different exams differ, so a late answer is never mistaken."""
-        rows = self.sets["eval"].rows
-        assert self.train is not None
-        self.exam = Ledger(
-            rows=rows,
-            per_step=rows,
-            max_staleness=0,
-            lease_s=self.recipe.network.lease_s,
-            seed=None,
-            first=number * rows,
-            last=(number + 1) * rows,
-            step=self.train.step,
-        )
-        self.exam.lineage = dict(self.train.lineage)
+    def start_exam(self, plan: Plan) -> None:
+        """Leases every held-out row once, beside training, to samplers that keep the plan's weights until the end."""
+        if not self.sets:
+            self.planned = plan
+        else:
+            self.exam, self.planned = open_exam(plan, self.sets["eval"].rows, self.recipe.network.lease_s), None
+
+    def end_exam(self) -> list[Group] | None:
+        """Its answers, once there is one to every row; None before."""
+        if self.exam is None or not self.exam.ledger.finished():
+            return None
+        groups, self.exam = list(self.exam.ledger.ready.values()), None
+        return groups
 
     def open_ledger(self, rows: int) -> Ledger:
         trainer, network = self.recipe.trainer, self.recipe.network
@@ -143,6 +149,8 @@ class Desk:
             max_staleness=trainer.max_staleness,
             lease_s=network.lease_s,
             seed=self.recipe.seed,
+            refill=int(trainer.refill * trainer.prompts_per_step),
+            steps=trainer.steps,
         )
         if self.pulse:
             self.train.publish(self.pulse.snapshot)
@@ -160,11 +168,13 @@ class Desk:
             self.sets = {"train": hello.train, "eval": hello.eval}
         if self.train is None:
             self.open_ledger(hello.train.rows)
+        if self.planned:
+            self.start_exam(self.planned)
         if hello.session not in self.samplers:
             log.info("sampler %s joined (%s)", hello.session, hello.versions)
         self.samplers[hello.session] = Sampler(peer=peer, seen=now, moved=now)
         letters: Letters = [(peer, Welcome(incarnation=self.incarnation))]
-        return letters + [(peer, message) for message in (self.stop or self.pulse,) if message]
+        return letters + [(peer, message) for message in (self._news(hello.session),) if message]
 
     def _disagreement(self, hello: Hello) -> str | None:
         if hello.session in self.banned:
@@ -186,26 +196,34 @@ class Desk:
         if moved or not beat.held:
             sampler.moved = now
         sampler.snapshot, sampler.want, sampler.progress = beat.snapshot, beat.want, beat.progress
-        for split, ledger in (("train", self.train), ("eval", self.exam)):
-            if ledger:
-                held = {group_id for kind, group_id in beat.held if kind == split}
-                ledger.beat(beat.session, held, moved, now, self.recipe.network.resend_s)
-        answer = self.stop or self.pulse
+        for split, ledger in self._ledgers().items():
+            held = {group_id for kind, group_id in beat.held if kind == split}
+            ledger.beat(beat.session, held, moved, now, self.recipe.network.resend_s)
+        answer = self._news(beat.session)
         return [(sampler.peer, answer)] * bool(answer) + self._grant(beat.session, now)
+
+    def _news(self, session: str) -> Stop | Pulse | None:
+        """Who takes part in an exam keeps its weights until it is over."""
+        examines = self.exam is not None and self.exam.has(session, self.samplers)
+        return self.stop or (self.exam.pulse if examines else self.pulse)
 
     def _grant(self, session: str, now: float) -> Letters:
         sampler = self.samplers.get(session)
-        ledger, split = (self.exam, "eval") if self.exam else (self.train, "train")
-        if sampler is None or ledger is None or self.stop:
+        if sampler is None or self.stop:
             return []
         if now - sampler.moved >= self.recipe.network.lease_s:
             return []  # its engine stands still: what was taken from it is for others
-        items = ledger.grant(session, sampler.snapshot, min(MAX_LEASES, sampler.want // self._size(split)), now)
-        sampler.want -= len(items) * self._size(split)
-        return [(sampler.peer, Lease(split=split, items=items))] if items else []
+        letters: Letters = []
+        for split, ledger in self._ledgers().items():
+            if split == "eval" and not self.exam.has(session, self.samplers):
+                continue
+            items = ledger.grant(session, sampler.snapshot, min(MAX_LEASES, sampler.want // self._size(split)), now)
+            sampler.want -= len(items) * self._size(split)
+            letters += [(sampler.peer, Lease(split=split, items=items))] if items else []
+        return letters
 
     def _group(self, group: Group, sampler: Sampler) -> Ack:
-        ledger = self.train if group.split == "train" else self.exam
+        ledger = self._ledgers().get(group.split)
         why = self._problem(group)
         if ledger is None:
             status = "unknown"
@@ -218,9 +236,11 @@ class Desk:
         else:
             status = ledger.offer(group)
             self.unsound[group.session] = 0
+            if group.split == "train" and status in ("accepted", "no_signal"):
+                self.solved.add(group)
         sampler.want += self._size(group.split)
         self._count(f"{group.split}/{status}")
-        if status not in ("accepted", "duplicate"):
+        if status not in ("accepted", "duplicate", "no_signal"):
             log.warning("%s group %d from %s: %s %s", group.split, group.group_id, group.session, status, why or "")
         if self.unsound.get(group.session, 0) >= MAX_INVALID:
             self.banned.add(group.session)
@@ -229,12 +249,13 @@ class Desk:
 
     def _problem(self, group: Group) -> str | None:
         recipe, training = self.recipe, group.split == "train"
+        flat = recipe.trainer.refill > 0 and without_signal([completion.reward for completion in group.completions])
         return problem(
             group,
             completions=self._size(group.split),
             max_tokens=recipe.sampling.max_tokens,
             vocabulary=self.agreement.vocabulary,
-            reference=training and recipe.objective.kl_beta > 0 and not recipe.lora.rank,
+            reference=training and recipe.objective.kl_beta > 0 and not recipe.lora.rank and not flat,
         )
 
     def _size(self, split: Split) -> int:
@@ -243,7 +264,7 @@ class Desk:
 
     def _failure(self, failure: Failure) -> Ack:
         log.warning("%s group %d failed: %s", failure.split, failure.group_id, failure.why)
-        ledger = self.train if failure.split == "train" else self.exam
+        ledger = self._ledgers().get(failure.split)
         if ledger:
             ledger.fail(failure.session, failure.group_id, failure.why, number=failure.number)
             bad, done = ledger.given_up(), ledger.done_count() + len(ledger.ready)
@@ -255,11 +276,13 @@ class Desk:
 
     def _lose(self, session: str, why: str) -> None:
         del self.samplers[session]
-        freed = sum(ledger.drop(session) for ledger in self._ledgers())
+        freed = sum(ledger.drop(session) for ledger in self._ledgers().values())
         log.info("sampler %s %s; %d leases go to others", session, why, freed)
 
-    def _ledgers(self) -> list[Ledger]:
-        return [ledger for ledger in (self.train, self.exam) if ledger]
+    def _ledgers(self) -> dict[Split, Ledger]:
+        """An exam's first: it is short, and newer weights wait for it."""
+        found: dict[Split, Ledger] = {"eval": self.exam.ledger} if self.exam else {}
+        return found | ({"train": self.train} if self.train else {})
 
     def _count(self, name: str, by: int = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + by

@@ -19,6 +19,7 @@ from policy.model import add_adapter, load_model
 from protocol.errors import StorageError
 from protocol.messages import Group
 from protocol.recipe import Optimizer, Recipe
+from trainer.advantage import find
 from trainer.batch import Batch, MicroBatch, make_batch
 from trainer.ranks import Ranks
 
@@ -28,6 +29,7 @@ class Policy:
 
     def __init__(self, recipe: Recipe, directory: Path, ranks: Ranks) -> None:
         self.recipe, self.directory, self._ranks = recipe, directory, ranks
+        self._advantages = find(recipe.objective.advantage_name)
         torch.manual_seed(recipe.seed)
         self.model = load_model(directory, recipe.model.dtype)
         if recipe.lora.rank:
@@ -55,16 +57,8 @@ class Policy:
 
     def batch(self, groups: list[Group]) -> Batch:
         """This rank's share of one step."""
-        trainer, objective = self.recipe.trainer, self.recipe.objective
-        return make_batch(
-            groups,
-            rank=self._ranks.rank,
-            world=self._ranks.world,
-            tokens_per_micro_batch=trainer.tokens_per_micro_batch,
-            advantage_std=objective.advantage_std,
-            skip_zero=not objective.kl_beta,
-            step=self.steps_done,
-        )
+        place = {"rank": self._ranks.rank, "world": self._ranks.world, "step": self.steps_done}
+        return make_batch(groups, self.recipe, self._advantages, **place)
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches on this rank's device; gradients are exchanged after the last one's backward."""
@@ -77,7 +71,7 @@ class Policy:
         return self._engine(micro.packed)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds this micro-batch's gradient. DeepSpeed divides by the ranks; the loss's denominator already has.
+        """Adds this micro-batch's gradient. DeepSpeed divides by the ranks; the loss's shares already have.
 
         A loss that is not finite makes the whole gradient so, and with it the step of all ranks is skipped.
         """
@@ -154,15 +148,30 @@ class Policy:
             for script in directory.glob("*.py"):  # DeepSpeed's converters: no code lies beside our data
                 script.unlink()
 
-    def load(self, directory: Path, tag: str) -> None:
-        """The caller has verified the files: DeepSpeed unpickles them."""
+    def load(self, directory: Path, tag: str, universal: bool = False) -> None:
+        """The caller has verified the files: DeepSpeed unpickles them. universal: `universal.convert` wrote them."""
+        own = [{key: group[key] for key in group if key != "params"} for group in self._engine.optimizer.param_groups]
+        self._engine._config.load_universal_checkpoint = universal
         path, state = self._engine.load_checkpoint(str(directory), tag=tag)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {directory}")
         self.steps_done = state["steps_done"]
+        self._restore_settings(own)
+        for kept in self._engine.basic_optimizer.state.values():
+            kept["step"] = kept["step"].clone()  # universal, ZeRO 3: one tensor, which every group would count up
         torch.set_rng_state(state["rng"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_rng"])
+
+    def _restore_settings(self, own: list[dict]) -> None:
+        """Learning rate, decay and the like are the recipe's; DeepSpeed loads those of the checkpoint over them, and
+        under ZeRO 3 from a universal one the first group's over all."""
+        factor = learning_rate_factor(self.steps_done, self.recipe.optimizer, self.recipe.trainer.steps)
+        for group, settings in zip(self._engine.optimizer.param_groups, own, strict=True):
+            group.update(settings, lr=settings["initial_lr"] * factor)
+        self._engine.lr_scheduler.base_lrs = [settings["initial_lr"] for settings in own]
+        if self.recipe.trainer.zero_stage:
+            self._engine.optimizer.clip_grad = self.recipe.optimizer.max_grad_norm
 
     def _client_state(self) -> dict:
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None

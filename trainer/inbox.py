@@ -16,10 +16,11 @@ import msgspec
 from protocol import codec
 from protocol.channel import Hub
 from protocol.errors import RunError, StorageError, Superseded
-from protocol.messages import Group, Pulse, Stop
+from protocol.messages import DataSet, Group, Pulse, Split, Stop
 from protocol.rundir import RunDir
 from protocol.snapshot import Corrupt, open_sealed
 from trainer.desk import Desk, Letters
+from trainer.exam import Plan
 from trainer.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -77,23 +78,37 @@ class Inbox:
             with self._changed:
                 self._desk.train.set_aside(why)
 
-    def examine(self) -> list[Group] | None:
-        """Has the announced weights answer every held-out prompt; None when asked to stop, [] without such data."""
+    def start_exam(self, alone: bool) -> None:
+        """Has the announced weights answer every held-out prompt while training goes on; `exam.py` says by whom."""
         number, self.exams = self.exams, self.exams + 1
-
-        def answers(desk: Desk) -> list[Group] | None:
-            if not desk.train or not desk.sets["eval"].rows:
-                return [] if desk.train else None
-            if desk.exam is None:
-                desk.start_exam(number)
-                self._announce()
-            return list(desk.exam.ready.values()) if desk.exam.finished() else None
-
-        data = self._wait(answers)
-        if self._desk:
+        if self._desk and self._desk.pulse:
             with self._changed:
-                self._desk.exam = None
-        return codec.decode_groups(data) if data else None
+                self._desk.start_exam(Plan(number=number, pulse=self._desk.pulse, alone=alone))
+            self._announce()
+
+    def end_exam(self, wait: bool) -> list[Group] | None:
+        """Its answers, on rank 0 alone; None where some are missing, or when asked to stop while waiting."""
+        if wait and not self._wait(lambda desk: [] if desk.exam and desk.exam.ledger.finished() else None):
+            return None
+        if self._desk is None:
+            return None
+        with self._changed:
+            groups = self._desk.end_exam()
+        if groups is not None:
+            self._announce()
+        return groups
+
+    def data(self, split: Split) -> DataSet:
+        """What samplers said of a split, once one has."""
+        assert self._desk is not None
+        with self._changed:
+            return self._desk.sets[split]
+
+    def pinned(self) -> set[str]:
+        """Snapshots that an exam needs."""
+        assert self._desk is not None
+        with self._changed:
+            return {exam.pulse.snapshot for exam in (self._desk.exam, self._desk.planned) if exam}
 
     def serve(self) -> None:
         """From now on samplers are heard, on rank 0."""
@@ -110,7 +125,14 @@ class Inbox:
                 "ledger": self._desk.train.state() if self._desk.train else None,
                 "sets": msgspec.to_builtins(self._desk.sets),
                 "exams": self.exams,
+                "solved": self._desk.solved.state(),
             }
+
+    def solved(self) -> dict[str, list[int]]:
+        """Rows of the training data: always, never and sometimes solved."""
+        assert self._desk is not None
+        with self._changed:
+            return self._desk.solved.report()
 
     def counts(self) -> dict[str, float]:
         """Figures for the record: groups by status, samplers, their progress in tokens."""
@@ -186,7 +208,7 @@ class Inbox:
         """
         assert self._desk is not None
         with self._changed:
-            doubted, self._desk.doubted = self._desk.pulse if self._desk.doubted else None, False
+            doubted, self._desk.doubted = self._desk.doubted, None
         if doubted == self._sound:  # read and verified before: the fault is on the sampler's side
             doubted = None
         try:

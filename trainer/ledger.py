@@ -1,7 +1,8 @@
 """Which prompt groups are leased, ready, trained: exactly-once bookkeeping without clocks, sockets or files.
 
 A group id `g` is row `order(epoch)[g % rows]` of the data set in epoch `g // rows`. The trained ids are saved in the
-same atomic checkpoint as the weights, so each group is trained once in the history of any checkpoint. All else
+same atomic checkpoint as the weights, so each group is trained once in the history of any checkpoint. A group without
+signal counts as trained while `spare` lasts: the next id takes its place in the step. All else
 (leases, ready groups, sessions) may be lost at any time and is made again.
 
 Staleness bounds what is handed out: the group in slot q of the queue is trained `q // per_step` steps after the next
@@ -13,7 +14,7 @@ import heapq
 import random
 from dataclasses import dataclass
 
-from protocol.messages import Group
+from protocol.messages import Group, without_signal
 from protocol.snapshot import step_of
 
 MAX_TRIES = 5
@@ -32,7 +33,8 @@ class Ledger:
     """One split's groups. `now` is any monotonic clock in seconds.
 
     rows: of the data set. per_step: groups that one step trains. first, last: the ids handed out are
-    first <= id < last (last None: without end). seed None: rows in their order.
+    first <= id < last (last None: without end). seed None: rows in their order. refill: groups without signal that
+    others may replace in a step. steps: after which no group is trained any more (None: without end).
     """
 
     def __init__(
@@ -46,10 +48,13 @@ class Ledger:
         first: int = 0,
         last: int | None = None,
         step: int = 0,
+        refill: int = 0,
+        steps: int | None = None,
     ) -> None:
         self.rows, self.per_step, self.max_staleness = rows, per_step, max_staleness
         self.lease_s, self.seed, self.first, self.last = lease_s, seed, first, last
-        self.step = step
+        self.step, self.steps = step, steps
+        self.refill = self.spare = refill
         self.lineage: dict[str, int] = {}
         self.leases: dict[int, Lease] = {}
         self.ready: dict[int, Group] = {}
@@ -70,7 +75,7 @@ class Ledger:
         """Up to `want` leases, (group id, row), oldest ids first, for a sampler that has loaded `snapshot`."""
         granted: list[tuple[int, int]] = []
         version = self.lineage.get(snapshot or "")
-        while version is not None and len(granted) < want and self._slot_step() - version <= self.max_staleness:
+        while version is not None and len(granted) < want and self._has_slot(version):
             group_id = self._next()
             if group_id is None:
                 break
@@ -94,9 +99,13 @@ class Ledger:
             if leased:  # else its turn comes, or is in the queue already
                 self._requeue(group_id)
             return "stale"
-        self.ready[group_id] = group
         while self._doubted:
             self._requeue(self._doubted.pop())
+        if self.spare and without_signal([completion.reward for completion in group.completions]):
+            self.spare -= 1
+            self._mark_done(group_id)
+            return "no_signal"
+        self.ready[group_id] = group
         return "accepted"
 
     def fail(self, session: str, group_id: int, why: str, *, number: int = 0, trusted: bool = True) -> bool:
@@ -173,6 +182,7 @@ class Ledger:
             self._mark_done(group_id)
         self.taken = set()
         self.step = step
+        self.spare = self.refill
 
     def set_aside(self, why: str) -> None:
         """The taken groups broke a step: they count as done, and the checkpoint keeps the reason."""
@@ -233,6 +243,11 @@ class Ledger:
         return sum(tries >= MAX_TRIES for tries in self._tries.values())
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _has_slot(self, version: int) -> bool:
+        """Whether a step to come would train a group leased now, and not too late for these weights."""
+        step = self._slot_step()
+        return step - version <= self.max_staleness and (self.steps is None or step < self.steps)
 
     def _slot_step(self) -> int:
         """The step that would train a group leased now."""

@@ -15,6 +15,7 @@ from policy.agreement import agree
 from policy.model import load_tokenizer, locate
 from protocol.channel import Hub
 from protocol.cli import log_to_console
+from protocol.disk import write_atomic
 from protocol.failure import put_aside
 from protocol.keys import open_keys
 from protocol.messages import DataSet
@@ -23,15 +24,18 @@ from protocol.process import die_with_parent, on_stop_signal, watch_ancestors
 from protocol.recipe import Recipe
 from protocol.rundir import Endpoint, RunDir
 from protocol.snapshot import sweep
+from trainer.advice import learning_rate_advice
 from trainer.checkpoint import Checkpoints, State
 from trainer.desk import Desk
 from trainer.engine import Policy
+from trainer.exams import Exams
 from trainer.inbox import Inbox
-from trainer.loop import examine, train
+from trainer.loop import train
 from trainer.publish import Publisher
 from trainer.ranks import Ranks
 from trainer.record import Record
 from trainer.store import Store
+from trainer.stream import StreamWriter
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +70,22 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
                 sweep(rundir.snapshots, incarnation)
                 sweep(rundir.checkpoints, incarnation)
             publisher = Publisher(rundir, keys.run_id, incarnation, tokenizer)
-            store = Store(rundir, publisher, checkpoints, recipe.trainer, first=ranks.first)
+            stream = StreamWriter(rundir.stream, incarnation, on=recipe.trainer.record)
+            if ranks.first:
+                stream.abandon(policy.steps_done)
+            store = Store(rundir, publisher, checkpoints, recipe.trainer, first=ranks.first, stream=stream)
             inbox.commit(store.publish(policy), policy.steps_done)
             if hub:
                 announce(rundir, hub, incarnation)
             with MetricsWriter(rundir.metrics / "trainer.jsonl" if ranks.first else Path(os.devnull)) as writer:
                 record = Record(writer, ranks, store)
-                complete = whole_run(policy, inbox, store, record, recipe)
+                exams = Exams(rundir, recipe, inbox, record, ranks, step=policy.steps_done)
+                complete = whole_run(policy, inbox, store, exams, record, recipe)
             store.checkpoint(policy, inbox, now=True)
+            if ranks.first:
+                tell_solved(rundir, inbox.solved())
             if hub and complete:
-                announce(rundir, hub, incarnation, steps=policy.steps_done)
+                announce(rundir, hub, incarnation, steps=recipe.trainer.steps)
             inbox.finish(final=complete)
             if inbox.broken:
                 raise inbox.broken
@@ -91,14 +101,18 @@ def orphaned(stop: threading.Event) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def whole_run(policy: Policy, inbox: Inbox, store: Store, record: Record, recipe: Recipe) -> bool:
+def whole_run(policy: Policy, inbox: Inbox, store: Store, exams: Exams, record: Record, recipe: Recipe) -> bool:
     """Held-out accuracy before, training, held-out accuracy after. False when asked to stop."""
     log.info("%s", arithmetic(recipe))
-    if recipe.eval.before and not policy.steps_done and not examine(policy, inbox, record):
+    advice = learning_rate_advice(recipe)
+    if advice:
+        log.warning("%s", advice)
+    exams.look(policy)
+    if not train(policy, inbox, store, exams, record, recipe):
         return False
-    if not train(policy, inbox, store, record, recipe):
-        return False
-    return not recipe.eval.after or examine(policy, inbox, record)
+    if exams.over:
+        log.info("no better weights in %d evaluations: training ends; `best` links to the best", recipe.eval.patience)
+    return exams.finish(policy)
 
 
 def restore(state: State | None, desk: Desk | None, inbox: Inbox) -> None:
@@ -110,6 +124,7 @@ def restore(state: State | None, desk: Desk | None, inbox: Inbox) -> None:
     if desk and state.inbox["ledger"]:
         desk.sets = msgspec.convert(state.inbox["sets"], dict[str, DataSet])
         desk.open_ledger(desk.sets["train"].rows).restore(state.inbox["ledger"])
+        desk.solved.restore(state.inbox["solved"])
 
 
 def announce(rundir: RunDir, hub: Hub, incarnation: int, steps: int = 0) -> None:
@@ -119,6 +134,17 @@ def announce(rundir: RunDir, hub: Hub, incarnation: int, steps: int = 0) -> None
     rundir.write_endpoint(endpoint)
     if not steps:
         log.info("listening on %s, run directory %s", hub.address, rundir.path)
+
+
+def tell_solved(rundir: RunDir, rows: dict[str, list[int]]) -> None:
+    """Prompts that teach nothing any more, or never did, for a better data set next time."""
+    path = rundir.metrics / "prompts.json"
+    write_atomic(path, msgspec.json.encode(rows))
+    counts = {name: len(found) for name, found in rows.items()}
+    log.info(
+        "of %d prompts %d were always solved, %d never; the rows are in %s",
+        sum(counts.values()), counts["always"], counts["never"], path,
+    )  # fmt: skip
 
 
 def arithmetic(recipe: Recipe) -> str:

@@ -10,6 +10,7 @@ import os
 from datetime import timedelta
 from typing import Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -55,17 +56,14 @@ class Ranks:
         dist.broadcast(tensor, 0, group=self._control)
         return tensor.numpy().tobytes()
 
-    def combine(self, sums: dict[str, float]) -> dict[str, float]:
-        """Sums over all ranks, or maxima for names that start with `max/`. Every rank has the same names."""
-        names = sorted(sums)
-        for operation, chosen in (
-            (dist.ReduceOp.SUM, [name for name in names if not name.startswith("max/")]),
-            (dist.ReduceOp.MAX, [name for name in names if name.startswith("max/")]),
-        ):
-            tensor = torch.tensor([sums[name] for name in chosen], dtype=torch.float64)
-            dist.all_reduce(tensor, operation, group=self._control)
-            sums = sums | dict(zip(chosen, tensor.tolist(), strict=True))
-        return sums
+    def gather(self, table: np.ndarray) -> np.ndarray:
+        """[k, n] float32 on each rank, k the same on all -> on rank 0 all of them side by side, filled up with zeros
+        to the widest; on others their own."""
+        widest = self.max([table.shape[1]])[0]
+        own = torch.from_numpy(np.pad(table, ((0, 0), (0, widest - table.shape[1]))))
+        parts = [torch.empty_like(own) for _ in range(self.world)] if self.first else None
+        dist.gather(own, parts, dst=0, group=self._control)
+        return np.concatenate([part.numpy() for part in parts], axis=1) if parts else table
 
     def __enter__(self) -> Self:
         return self

@@ -4,17 +4,17 @@ Names are TRL's where they mean the same.
 """
 
 import logging
-import math
 import time
-from collections.abc import Sequence
 
-from protocol.intervals import wilson
-from protocol.messages import Group
+import numpy as np
+
+from protocol.evaluation import Evaluation
 from protocol.metrics import MetricsWriter
+from trainer import figures
 from trainer.batch import Batch
 from trainer.engine import Policy
 from trainer.inbox import Inbox
-from trainer.loss import summarize
+from trainer.loss import Figures
 from trainer.ranks import Ranks
 from trainer.store import Store
 
@@ -29,22 +29,25 @@ class Record:
 
     def __init__(self, writer: MetricsWriter, ranks: Ranks, store: Store) -> None:
         self._writer, self._ranks, self._store = writer, ranks, store
-        self._sums: dict[str, float] = {}
+        self._seen: list[dict[str, np.ndarray]] = []
         self._apart = 0
         self._since = time.monotonic()
         self._before = {"waited": 0.0, "stored": store.spent_s, "sampled": 0.0}
 
-    def add(self, sums: dict) -> None:
-        """Sums over one micro-batch's tokens, as `loss.grpo` returns them."""
-        for name, value in sums.items():
-            old = self._sums.get(name, 0.0)
-            number = float(value)
-            self._sums[name] = max(old, number) if name.startswith("max/") else old + number
+    def add(self, tokens: Figures) -> None:
+        """What one forward pass showed of its tokens."""
+        self._seen.append({name: values.cpu().numpy() for name, values in tokens.items()})
+
+    def measured(self) -> dict[str, float]:
+        """Of all tokens of all ranks since the last time, on the first rank."""
+        names = sorted(self._seen[0])
+        table = np.concatenate([np.stack([seen[name] for name in names]) for seen in self._seen], axis=1)
+        self._seen = []
+        return figures.of_tokens(dict(zip(names, self._ranks.gather(table), strict=True)))
 
     def step(self, policy: Policy, batch: Batch, inbox: Inbox) -> None:
-        """Ends a step: combines the ranks' sums and writes the record."""
-        measured = summarize(self._ranks.combine(self._sums))
-        self._sums = {}
+        """Ends a step: gathers what the ranks have seen and writes the record."""
+        measured = self.measured()
         now = time.monotonic()
         spent, self._since = now - self._since, now
         if not self._ranks.first:
@@ -53,7 +56,7 @@ class Record:
         waited = self._difference("waited", inbox.waited_s)
         stored = self._difference("stored", self._store.spent_s)
         sampled = self._difference("sampled", counts["sampler/tokens"])
-        figures = {
+        record = {
             **batch.figures,
             **measured,
             **counts,
@@ -66,9 +69,9 @@ class Record:
             "train/tokens_per_s": batch.figures["train/tokens"] / max(1e-9, spent - waited - stored),
             "sampler/tokens_per_s": max(0.0, sampled) / max(1e-9, spent),
         }
-        self._watch_mismatch(figures["sampling/sampling_logp_difference/mean"])
-        self._writer.write({"kind": "step", "step": policy.steps_done, "groups": batch.group_ids, **figures})
-        log.info("%s", line(policy.steps_done, policy.recipe.trainer.steps, figures))
+        self._watch_mismatch(record["sampling/sampling_logp_difference/mean"])
+        self._writer.write({"kind": "step", "step": policy.steps_done, "groups": batch.group_ids, **record})
+        log.info("%s", line(policy.steps_done, policy.recipe.trainer.steps, record))
 
     def _watch_mismatch(self, gap: float) -> None:
         """Log-probs that are plausible and wrong: rounding and a few steps of staleness stay far below the limit."""
@@ -82,27 +85,20 @@ class Record:
 
     def skipped(self, policy: Policy, batch: Batch) -> None:
         """A step that was not finite: what was measured is of no use."""
-        self._sums = {}
+        self._seen = []
         if self._ranks.first:
             self._writer.write({"kind": "skipped", "step": policy.steps_done, "groups": batch.group_ids})
 
-    def exam(self, policy: Policy, groups: Sequence[Group], inbox: Inbox) -> None:
-        """Held-out accuracy with its 95 % interval; its time counts for no step."""
-        self._since, self._before["waited"] = time.monotonic(), inbox.waited_s
-        if not self._ranks.first or not groups:
-            return
-        first = next(iter(groups[0].completions[0].rewards))
-        completions = [completion for group in groups for completion in group.completions]
-        correct = sum((completion.rewards.get(first) or 0.0) > 0 for completion in completions)
-        low, high = wilson(correct, len(completions))
-        self._before["sampled"] = inbox.counts()["sampler/tokens"]
-        record = {"accuracy": correct / len(completions), "low": low, "high": high, "n": len(completions)}
-        record["reward"] = math.fsum(completion.reward for completion in completions) / len(completions)
-        record["completions/clipped_ratio"] = sum(c.finish == "length" for c in completions) / len(completions)
-        self._writer.write({"kind": "exam", "step": policy.steps_done, **record})
+    def exam(self, result: Evaluation, figures: dict[str, float], change: dict[str, float]) -> None:
+        """Held-out accuracy with its 95 % interval, and its change since before training."""
+        self._writer.write(
+            {"kind": "exam", "step": result.step, "snapshot": result.snapshot, **figures}
+            | {f"change/{name}": value for name, value in change.items()}
+        )
+        since = "  change {difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**change) if change else ""
         log.info(
-            "held-out accuracy after %d steps: %.3f [%.3f, %.3f] (n=%d)",
-            policy.steps_done, record["accuracy"], low, high, len(completions),
+            "held-out accuracy after %d steps: %.3f [%.3f, %.3f] (n=%d)%s",
+            result.step, figures["accuracy"], figures["low"], figures["high"], figures["n"], since,
         )  # fmt: skip
 
     def _difference(self, name: str, value: float) -> float:

@@ -46,6 +46,7 @@ SETTINGS = (
     "data.eval=word-problems:test",
     "data.limit=40",
     "data.eval_limit=4",
+    "eval.every=5",
     "data.system=",
     "model.dtype=float32",
     "sampling.group_size=2",

@@ -39,7 +39,6 @@ FUNCTIONS = (
     "trainer.ledger.Ledger.restore",
     "trainer.ledger.Ledger.state",
     "trainer.ledger.Ledger.take",
-    "trainer.loop.examine",
     "trainer.record.Record.step",
     "trainer.store.Store.checkpoint",
     "trainer.store.Store.publish",

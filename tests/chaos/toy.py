@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from protocol.messages import Group, Span
+from protocol.messages import Group, Span, Split
 from protocol.recipe import Recipe
 from protocol.snapshot import Sealed
 from sampler.engine import Sampled
 from sampler.weights import Apply, Weights
+from trainer.advantage import ADVANTAGES
 from trainer.batch import Batch, MicroBatch, make_batch
 from trainer.ranks import Ranks
 
@@ -45,15 +46,8 @@ class ToyPolicy:
 
     def batch(self, groups: list[Group]) -> Batch:
         self._groups = [group.group_id for group in groups]
-        return make_batch(
-            groups,
-            rank=self._ranks.rank,
-            world=self._ranks.world,
-            tokens_per_micro_batch=self.recipe.trainer.tokens_per_micro_batch,
-            advantage_std=True,
-            skip_zero=False,
-            step=self.steps_done,
-        )
+        place = {"rank": self._ranks.rank, "world": self._ranks.world, "step": self.steps_done}
+        return make_batch(groups, self.recipe, ADVANTAGES["mean"], **place)
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
         yield from micro_batches
@@ -105,6 +99,7 @@ class ToyEngine:
     dead = False
 
     def __init__(self, recipe: Recipe, directory: Path, snapshots: Path, *, gpu: bool, seed: int) -> None:
+        self._recipe = recipe
         self.weights = Weights(self, snapshots, recipe.model.dtype)
         self.tokens = self.running = 0
         self._vector = torch.zeros(GROUPS)
@@ -117,11 +112,12 @@ class ToyEngine:
     async def __aexit__(self, *_: object) -> None:
         return
 
-    async def generate(self, prompt: np.ndarray, *, count: int, temperature: float) -> list[Sampled]:
+    async def generate(self, prompt: np.ndarray, split: Split) -> list[Sampled]:
         self.running += 1
         await self._think()
         self.running -= 1
         await self.weights.checked()
+        count = self._recipe.sampling.group_size if split == "train" else self._recipe.eval.samples
         self.tokens += count * TOKENS
         return [self._one() for _ in range(count)]
 

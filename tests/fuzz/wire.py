@@ -36,6 +36,7 @@ from tests.fuzz.history import check_ledger
 from tests.groups import make_group
 from trainer.accept import problem
 from trainer.desk import BrokenGroups, Desk, Letters
+from trainer.exam import Plan
 
 AGREED = Agreement(protocol=1, run_id="r", model="m", tokenizer="t", vocabulary=320, group_size=2, recipe="c")
 ROWS, EXAM = DataSet(rows=12, fingerprint="f"), DataSet(rows=3, fingerprint="e")
@@ -103,7 +104,7 @@ class Session:
         for name in HELLO:
             self.desk.on(name.encode(), HELLO[name], self.now)
         if exam:
-            self.desk.start_exam(0)
+            self.desk.start_exam(Plan(number=0, pulse=self.desk.pulse, alone=False))
         for name in HELLO:
             self.desk.on(name.encode(), BEAT[name], self.now)
 
@@ -134,7 +135,7 @@ class Session:
     def check(self, letters: Letters) -> None:
         for _, letter in letters:
             assert codec.decode_down(codec.encode(letter)) == letter, "a sampler could not read this"
-        for ledger in (self.desk.train, self.desk.exam):
+        for ledger in self.desk._ledgers().values():
             if ledger:
                 check_ledger(ledger)
                 for group in ledger.ready.values():
@@ -203,7 +204,7 @@ def up(move: int, choices: Choices, desk: Desk) -> Up:
 
 
 def group(choices: Choices, desk: Desk, session: str, split: str, group_id: int) -> Group:
-    ledger = desk.exam if split == "eval" else desk.train
+    ledger = desk.exam.ledger if split == "eval" else desk.train
     known = ledger is not None and 0 <= group_id < 100
     row = ledger.row(group_id) if known and ledger and not choices.seldom() else choices.below(20)
     count = choices.below(4) if choices.seldom() else 1 if split == "eval" else 2

@@ -17,7 +17,7 @@ PROMPT = pack(token_array([1, 2], 320))
 TOKENS = pack(token_array([3, 4], 320))
 LOGPROBS = pack(np.array([-1.0, -2.0], np.float32))
 
-Kind = tuple[str, int, bool]
+Kind = tuple[str, int, bool, bool]
 _kept: dict[tuple, list[Completion]] = {}
 _kinds: dict[int, Kind] = {}
 
@@ -32,17 +32,25 @@ def recipe(plan: Plan) -> Recipe:
         sampling=Sampling(group_size=SIZE["train"]),
         eval=Evaluation(samples=SIZE["eval"]),
         objective=Objective(kl_beta=0.0),
-        trainer=TrainerTable(prompts_per_step=plan.per_step, max_staleness=plan.max_staleness),
+        trainer=TrainerTable(
+            steps=plan.steps,
+            prompts_per_step=plan.per_step,
+            max_staleness=plan.max_staleness,
+            refill=plan.refill / plan.per_step,
+        ),
     )
 
 
-def make(session: str, split: str, group_id: int, row: int, snapshots: tuple[str, ...], sound: bool) -> Group:
+def make(
+    session: str, split: str, group_id: int, row: int, snapshots: tuple[str, ...], sound: bool, flat: bool = False
+) -> Group:
     """A group whose first token was sampled with the first snapshot and its last token with the last one."""
-    key = (split, snapshots, sound)
+    key = (split, snapshots, sound, flat)
     completions = _kept.get(key)
     if completions is None:
-        completions = _kept[key] = [_completion(snapshots, sound)] * SIZE[split]
-        _kinds[id(completions)] = (split, len(snapshots), sound)
+        rewards = [0.0 if flat else 1.0 * number for number in range(SIZE[split])]
+        completions = _kept[key] = [_completion(snapshots, reward if sound else float("nan")) for reward in rewards]
+        _kinds[id(completions)] = (split, len(snapshots), sound, flat)
     return Group(session=session, split=split, group_id=group_id, row=row, prompt=PROMPT, completions=completions)
 
 
@@ -71,10 +79,9 @@ class QuickDesk(Desk):
         return self.verdicts[kind]
 
 
-def _completion(snapshots: tuple[str, ...], sound: bool) -> Completion:
+def _completion(snapshots: tuple[str, ...], reward: float) -> Completion:
     first, last = snapshots[0], snapshots[-1]
     spans = [Span(first, 0, 2)] if first == last else [Span(first, 0, 1), Span(last, 1, 2)]
-    reward = 1.0 if sound else float("nan")
     return Completion(
         tokens=TOKENS,
         logprobs=LOGPROBS,

@@ -33,6 +33,7 @@ class Audit:
         self._plan, self._history = plan, history
         self.cap = (plan.max_staleness + 1) * plan.per_step
         self.weights: dict[int, int] = {}
+        """0: done without being trained, because the group had no signal."""
         self.lineage: list[str] = []
         """Snapshots that were published on the way to these weights, oldest first."""
         self._credit: dict[str, int] = {}
@@ -45,7 +46,7 @@ class Audit:
         if desk.train is not None:
             self._bounded(desk.train, self.cap)
         if desk.exam is not None:
-            self._bounded(desk.exam, EXAM_ROWS)
+            self._bounded(desk.exam.ledger, EXAM_ROWS)
 
     def _bounded(self, ledger: Ledger, cap: int) -> None:
         leases, ready = ledger.leases.keys(), ledger.ready.keys()
@@ -72,7 +73,7 @@ class Audit:
         return None
 
     def _holder(self, desk: Desk, answer: Group | Failure) -> str:
-        ledger = desk.train if answer.split == "train" else desk.exam
+        ledger = desk.train if answer.split == "train" else desk.exam and desk.exam.ledger
         lease = ledger.leases.get(answer.group_id) if ledger else None
         return lease.session if lease else ""
 
@@ -94,10 +95,12 @@ class Audit:
             self._judged(desk, answer, holder, status)
 
     def _judged(self, desk: Desk, group: Group, holder: str, status: str) -> None:
+        if status == "no_signal":
+            self.train([group], by=0)
         if is_sound(group):
             self._unsound[group.session] = 0
             self._history.counts["groups accepted without a lease"] += status == "accepted" and not holder
-        elif status == "accepted":
+        elif status in ("accepted", "no_signal"):
             raise Violation("unsound", f"{group.split} group {group.group_id} was accepted")
         elif status == "invalid":
             self._unsound[group.session] += holder == group.session  # one that is sent again counts once
@@ -120,26 +123,27 @@ class Audit:
             if step - step_of(name) > max_staleness:
                 raise Violation("stale", f"{group.split} group {group.group_id} at step {step} was sampled by {name}")
 
-    def train(self, groups: list[Group]) -> None:
-        self._history.counts["groups trained"] += len(groups)
+    def train(self, groups: list[Group], by: int = 1) -> None:
+        self._history.counts["groups trained"] += len(groups) * by
         for group in groups:
-            weight = self.weights[group.group_id] = self.weights.get(group.group_id, 0) + 1
-            if weight > 1:
+            if group.group_id in self.weights:
                 raise Violation("trained twice", f"group {group.group_id}")
+            self.weights[group.group_id] = by
 
     def aside(self, groups: list[Group]) -> None:
         """Their step was not finite: they may end in quarantine."""
         self._history.excused |= {group.group_id for group in groups}
 
-    def examined(self, groups: list[Group], number: int, step: int) -> None:
+    def examined(self, groups: list[Group], number: int, snapshot: str) -> None:
         self._history.counts["exams"] += 1
         ids = sorted(group.group_id for group in groups)
         if ids != list(range(number * EXAM_ROWS, (number + 1) * EXAM_ROWS)):
             raise Violation("exam", f"exam {number} has the answers {ids}")
         if sorted(group.row for group in groups) != list(range(EXAM_ROWS)):
             raise Violation("exam", f"exam {number} has the rows {sorted(group.row for group in groups)}")
-        for group in groups:
-            self._sampled_well(group, step, 0)
+        names = {span.snapshot for group in groups for item in group.completions for span in item.spans}
+        if names != {snapshot}:
+            raise Violation("exam", f"exam {number} of {snapshot} was sampled by {names}")
 
     # -- in the end ----------------------------------------------------------------------------------------------
 
@@ -153,16 +157,16 @@ class Audit:
         self._history.counts["poisoned groups set aside"] += len(self._plan.poisoned & set(ledger.quarantined))
         frontier = max([*self.weights, *ledger.leases, *ledger.ready, ledger.done_below - 1, *ledger.done_above]) + 1
         for group_id in range(frontier):
-            weight, trained = self.weights.get(group_id, 0), ledger.is_done(group_id)
-            expected = 1 if trained and group_id not in ledger.quarantined else 0
-            if weight != expected:
-                kind = "lost" if weight < expected else "trained twice"
-                raise Violation(kind, f"group {group_id} weighs {weight}, the ledger says {expected}")
+            weight, done = self.weights.get(group_id), ledger.is_done(group_id)
+            if (weight is not None) != (done and group_id not in ledger.quarantined):
+                kind = "lost" if weight is None else "trained twice"
+                raise Violation(kind, f"group {group_id} weighs {weight}, the ledger says that it is done: {done}")
         self._still_open(ledger, step, frontier)
 
     def _still_open(self, ledger: Ledger, step: int, frontier: int) -> None:
         """Goes on with one perfect sampler until all groups that were begun are done."""
         ledger.expire(float("inf"))
+        ledger.steps = None
         for now in range(3 * self.cap + frontier):
             if ledger.done_below >= frontier:
                 return

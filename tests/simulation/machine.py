@@ -191,6 +191,7 @@ class Machine(Process):
         else:
             sound = self.kind == "healthy" and not (split == "train" and group_id in self.history.plan.poisoned)
             snapshots = (begun,) if begun == self.snapshot else (begun, self.snapshot)
-            message = make(self.session.name, split, group_id, row, snapshots, sound)
+            flat = split == "train" and self.dice.random() < self.history.plan.flat
+            message = make(self.session.name, split, group_id, row, snapshots, sound, flat)
         self.session.answer(message)
         self.turn()

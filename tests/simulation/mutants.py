@@ -10,7 +10,9 @@ from sampler.session import NEVER, Session
 from tests.simulation.audit import Violation
 from tests.simulation.history import simulate
 from tests.simulation.trainer import Trainer
+from trainer import desk
 from trainer.desk import Desk
+from trainer.exam import Exam, open_exam
 from trainer.ledger import MAX_TRIES, Ledger
 
 Replace = Callable[[object, str, object], None]
@@ -109,6 +111,43 @@ def cap_on_answers_without_a_lease(replace: Replace) -> None:
         return status
 
     replace(Ledger, "offer", roomy)
+
+
+def spare(replace: Replace) -> None:
+    """A group without signal is forgotten, but not marked as done."""
+    offer, done = Ledger.offer, Ledger._mark_done
+
+    def forgetful(ledger: Ledger, group) -> str:
+        replace(Ledger, "_mark_done", lambda *_: None)
+        status = offer(ledger, group)
+        replace(Ledger, "_mark_done", done)
+        return status
+
+    replace(Ledger, "offer", forgetful)
+
+
+# -- exams -------------------------------------------------------------------------------------------------------
+
+
+def one_version(replace: Replace) -> None:
+    """An exam takes answers by any weights that a step may still be trained with."""
+    opened = open_exam
+
+    def open_to_all(plan, rows: int, lease_s: float):
+        exam = opened(plan, rows, lease_s)
+        exam.ledger._staleness = lambda group: 0
+        return exam
+
+    replace(desk, "open_exam", open_to_all)
+
+
+def pinned(replace: Replace) -> None:
+    """Who takes part in an exam is told of newer weights all the same."""
+    replace(Desk, "_news", lambda desk, session: desk.stop or desk.pulse)
+
+
+def hand_over(replace: Replace) -> None:
+    replace(Exam, "hand_over", lambda *_: None)
 
 
 # -- who is to blame ---------------------------------------------------------------------------------------------
@@ -264,7 +303,9 @@ SAMPLERS_PAUSE = {"faults": ("pause_sampler", "partition"), "fault_s": 15.0, "sa
 ENGINES_HANG = {"faults": ("hang",), "fault_s": 15.0, "samplers": 3}
 ALL_FAIL_ONCE = {"fail": 1.0, "hostile": False, "poisoned": frozenset()}
 LINKS_BREAK = {"faults": ("partition", "pause_trainer"), "fault_s": 15.0, "repeat": (0.2, 0.2), "delay_s": 3.0}
-ONE_IS_HOSTILE = {"hostile": True, "faults": ("partition", "jump_sampler"), "fault_s": 10.0, "exams": False}
+FLAT = {"flat": 0.5, "refill": 4}
+EXAMS = {"exams": 2, "samplers": 3, "steps": 15}
+ONE_IS_HOSTILE = {"hostile": True, "faults": ("partition", "jump_sampler"), "fault_s": 10.0, "exams": -1}
 
 MUTANTS = [
     Mutant("dedupe by group id", dedupe, ("overlap", "trained twice", "cap", "lineage")),
@@ -276,6 +317,10 @@ MUTANTS = [
     Mutant("done set in restore", restored_done_set, ("trained twice",)),
     Mutant("ledger and weights of one moment", ledger_of_another_moment, ("trained twice",)),
     Mutant("requeue", requeue, ("lost", "stall")),
+    Mutant("groups without signal are done", spare, ("trained twice", "lost"), FLAT),
+    Mutant("one version in an exam", one_version, ("exam",), EXAMS),
+    Mutant("weights pinned for an exam", pinned, ("stall",), EXAMS),
+    Mutant("exam handed over by a sampler that stands still", hand_over, ("stall",), EXAMS | ENGINES_HANG),
     Mutant("soundness check", soundness, ("unsound",)),
     Mutant("several tries before quarantine", many_tries, ("quarantined", "exam")),
     Mutant("trust before a sampler's word counts", trust, ("quarantined",), ONE_IS_HOSTILE),

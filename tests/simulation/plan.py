@@ -20,7 +20,12 @@ class Plan:
     samplers: int
     hostile: bool
     """One more sampler, all of whose groups are unsound."""
-    exams: bool
+    exams: int
+    """Steps between two of them beside training, on top of the first and the last; -1: none at all."""
+    flat: float
+    """Share of groups without signal."""
+    refill: int
+    """Of them, in a step, whose place others take."""
     drop: tuple[float, float]
     repeat: tuple[float, float]
     delay_s: float
@@ -68,7 +73,9 @@ def draw(dice: random.Random) -> Plan:
         checkpoint_every=dice.randint(1, 6),
         samplers=dice.choice((1, 1, 2, 2, 2, 3, 4, 5)),
         hostile=dice.random() < 0.1,
-        exams=dice.random() < 0.3,
+        exams=dice.choice((0, 1, 2, 3, 5)) if dice.random() < 0.4 else -1,
+        flat=sometimes(0.3, dice.uniform(0.1, 0.9)),
+        refill=dice.choice((0, 1, per_step, 3 * per_step)),
         drop=rates(0.6),
         repeat=rates(0.6),
         delay_s=dice.choice((0.02, 0.02, 0.3, 1.0, 3.0, 8.0)),

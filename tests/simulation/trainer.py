@@ -1,11 +1,13 @@
 """One trainer process: a real Desk, served as in trainer/inbox.py, and the steps of trainer/{loop,store}.py.
 
 `phase` is where the training thread is: boot, take, step (until the weights have changed), store (until the ledger
-knows it), save (until the checkpoint does), exam, end.
+knows it), save (until the checkpoint does), exam (waits for its end), end.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,6 +19,7 @@ from tests.simulation.audit import Audit
 from tests.simulation.clock import Process
 from tests.simulation.disk import Endpoint, Saved
 from trainer.desk import Letters
+from trainer.exam import Plan
 
 if TYPE_CHECKING:
     from tests.simulation.history import History
@@ -39,6 +42,8 @@ class Trainer(Process):
         self.stopping = False
         self.steps = self.exams = self.unpublished = self.skipped = 0
         self.saved_step: int | None = None
+        self.asked: set[int] = set()
+        self.after: Callable[[], None] = self._next
         self.later(self.dice.uniform(1.0, 8.0), self._booted)
         self.later(self.plan.tick_s, self._tick)
 
@@ -82,8 +87,8 @@ class Trainer(Process):
 
     def _look_at_doubted(self) -> None:
         if self.desk.doubted and self.phase in ("take", "exam"):
-            self.desk.doubted = False
-            self.stopping |= self.desk.pulse.snapshot in self.disk.rotten
+            doubted, self.desk.doubted = self.desk.doubted, None
+            self.stopping |= doubted.snapshot in self.disk.rotten
 
     # -- the training thread -------------------------------------------------------------------------------------
 
@@ -95,10 +100,7 @@ class Trainer(Process):
         self._publish()
         self.disk.endpoint = Endpoint(self.address)
         self.history.say("trainer %d goes on at step %d", self.incarnation, self.steps)
-        if self.plan.exams and not self.steps:
-            self._examine()
-        else:
-            self._next()
+        self._examine(self._next)
 
     def _restore(self, saved: Saved) -> None:
         state = msgspec.json.decode(saved.inbox)
@@ -117,8 +119,10 @@ class Trainer(Process):
             groups = self.desk.train.take(self.plan.per_step)
             if groups:
                 self._learn(groups)
+        elif self.phase == "exam" and self.stopping:
+            self._stop()
         elif self.phase == "exam":
-            self._look_at_answers()
+            self._examine(self.after)
 
     def _learn(self, groups: list[Group]) -> None:
         self.audit.taken(groups, self.steps)
@@ -144,6 +148,9 @@ class Trainer(Process):
         missing = self.unpublished < self.plan.max_staleness and self.steps < self.plan.steps
         self._publish(missing and self.dice.random() < self.plan.unpublished)
         self._announce()
+        self._examine(self._checkpoint)
+
+    def _checkpoint(self) -> None:
         if self.steps % self.plan.checkpoint_every == 0:
             self.phase = "save"
             self._then(self.dice.uniform(0.1, 3.0), self._saved, self._next)
@@ -183,38 +190,47 @@ class Trainer(Process):
 
     def _next(self) -> None:
         in_use = {sampler.snapshot for sampler in self.desk.samplers.values() if sampler.snapshot}
+        in_use |= {exam.pulse.snapshot for exam in (self.desk.exam, self.desk.planned) if exam}
         self.disk.prune(self.plan.max_staleness + 2, in_use)
         if self.steps < self.plan.steps:
             self.phase = "take"
             self._think()
-        elif self.plan.exams:
-            self._examine()
         else:
-            self._save_the_last()
+            self._examine(self._save_the_last, to_the_end=True)
 
     def _save_the_last(self) -> None:
         self.phase = "save"
         self._then(0.1, self._saved, self._finish)
 
-    def _examine(self) -> None:
-        self.exams, number = self.exams + 1, self.exams
-        self.exam_number, self.phase = number, "exam"
-        self._think()
-
-    def _look_at_answers(self) -> None:
-        if self.stopping:
-            self._stop()
-        elif self.desk.train and self.desk.exam is None:
-            self.desk.start_exam(self.exam_number)
-            self._announce()
-        elif self.desk.exam and self.desk.exam.finished():
-            self.audit.examined(list(self.desk.exam.ready.values()), self.exam_number, self.steps)
-            self.desk.exam = None
+    def _examine(self, after: Callable[[], None], to_the_end: bool = False) -> None:
+        """As trainer/exams.py does it: takes answers, begins what is due, and waits where it must."""
+        self.after = functools.partial(self._examine, after, to_the_end)
+        groups, exam = None, self.desk.exam
+        if exam:
+            groups = self.desk.end_exam()
+        if groups is not None:
+            self.audit.examined(groups, self.exams - 1, exam.pulse.snapshot)
+            self.history.counts["exams beside training"] += exam.alone
             self.history.moved()
-            if self.steps < self.plan.steps:
-                self._next()
-            else:
-                self._save_the_last()
+            self._announce()
+        is_open, is_due = bool(self.desk.exam or self.desk.planned), self._is_due()
+        if is_open and (is_due or to_the_end):
+            self.phase = "exam"
+            return
+        if is_due:
+            self.asked.add(self.steps)
+            self.exams, number = self.exams + 1, self.exams
+            alone = 0 < self.steps < self.plan.steps
+            self.desk.start_exam(Plan(number=number, pulse=self.desk.pulse, alone=alone))
+            self._announce()
+            self._examine(after, to_the_end)
+            return
+        after()
+
+    def _is_due(self) -> bool:
+        every = self.plan.exams
+        beside = every > 0 and self.steps % every == 0
+        return every >= 0 and (beside or self.steps in (0, self.plan.steps)) and self.steps not in self.asked
 
     def _stop(self) -> None:
         """Asked to: saves, says so, ends."""
