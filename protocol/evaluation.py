@@ -111,6 +111,11 @@ class Evaluation(Record, frozen=True, kw_only=True):
             prompts=sorted((Answered.of(group, drawn.extractors) for group in groups), key=lambda one: one.row),
         )
 
+    @property
+    def accuracy(self) -> float:
+        """The share of completions to which the first reward function gave more than 0."""
+        return _mean(one.correct for one in self.prompts)
+
     def write(self, path: Path) -> None:
         """As JSON, atomically. Raises StorageError."""
         write_atomic(path, msgspec.json.encode(self))
@@ -139,7 +144,7 @@ def summary(evaluation: Evaluation) -> dict[str, float]:
     with_gold = [one for one in prompts if one.gold is not None]
     low, high = _interval([one.correct for one in prompts])
     return {
-        "accuracy": _mean(one.correct for one in prompts),
+        "accuracy": evaluation.accuracy,
         "low": low,
         "high": high,
         "n": len(prompts),

@@ -90,7 +90,7 @@ class Reward(Table, frozen=True):
     """One reward function; a completion's reward is the weighted sum of all of them."""
 
     function: str
-    """`gsm8k`, `format`, `file.py:function` or `package.module:function`."""
+    """`gsm8k`, `format`, `overlong`, `file.py:function` or `package.module:function`."""
     weight: float = 1.0
     options: dict[str, float | int | str | bool] = {}
     """Keyword arguments passed on to the function."""

@@ -4,22 +4,33 @@
 
 Starts `gpus / tensor_parallel` engines, each a process of its own that joins the run by itself; without a GPU the
 number counts engine processes. This parent only watches: when one engine ends for good, all end.
+
+    python -m sampler --eval best --run runs/demo
+
+evaluates one model on the held-out prompts, without a trainer.
 """
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from protocol.cli import exit_with, parser
-from protocol.errors import UserError
+from protocol.cli import exit_with, log_to_console, parser
+from protocol.errors import RunError, UserError
+from protocol.evaluation import compare, read
 from protocol.failure import died, explained, put_aside, write_failure
-from protocol.process import end, on_stop_signal, start, visible_gpus
+from protocol.process import die_with_parent, end, on_stop_signal, start, visible_gpus
 from protocol.recipe import Recipe
 from protocol.rundir import RunDir, resolve_recipe
+from sampler.candidate import find
+from sampler.scores import table, versus
 
 REPLICA = "VESPER_REPLICA"
+EVALUATOR = "VESPER_EVALUATOR"
+"""Environment: this process is the engine itself, not the parent that watches it."""
 GRACE_S = 15.0
 
 
@@ -27,9 +38,14 @@ def main() -> int:
     flags = parser("sampler", "Samples and rewards groups of completions with vLLM for the trainer of the same run.")
     flags.add_argument("--gpus", type=int, help="GPUs; without a GPU, engine processes (default: sampler.gpus)")
     flags.add_argument("--tensor-parallel", type=int, help="GPUs per engine (default: sampler.tensor_parallel)")
+    add_evaluation(flags)
     options = flags.parse_args()
     asked = {"gpus": options.gpus, "tensor_parallel": options.tensor_parallel}
     overrides = options.overrides + [f"sampler.{key}={value}" for key, value in asked.items() if value is not None]
+    if options.eval:
+        return evaluate(options, overrides)
+    if unused := [name for name in ("data", "limit", "out", "against") if getattr(options, name) is not None]:
+        raise UserError(f"--{unused[0]} belongs to --eval MODEL; settings of a run are changed with --set")
     rundir, recipe = resolve_recipe(options.run, options.recipe, overrides, keep=False)
     if REPLICA in os.environ:
         with explained(rundir.path, f"sampler engine {os.environ[REPLICA]}"):
@@ -43,23 +59,76 @@ def main() -> int:
     return supervise(rundir, recipe)
 
 
+def add_evaluation(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("evaluation", "of one model, without a trainer")
+    group.add_argument(
+        "--eval", metavar="MODEL", help="model directory, hub id or snapshot; with --run also best, latest or a name"
+    )
+    group.add_argument("--data", metavar="SOURCE", help="held-out rows (default: data.eval)")
+    group.add_argument("--limit", type=int, metavar="N", help="the first N rows only (default: data.eval_limit)")
+    group.add_argument("--out", type=Path, metavar="FILE.json", help="keep the result, and FILE.jsonl every completion")
+    group.add_argument("--against", type=Path, metavar="FILE.json", help="compare with an earlier result")
+
+
+def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
+    """What can be refused is refused here, at once; the engine runs in a child, as those of a run do."""
+    if options.tensor_parallel:
+        overrides = [*overrides, f"sampler.gpus={options.tensor_parallel}"]
+    candidate = find(options.eval, options.run, options.recipe, overrides)
+    against = read(options.against) if options.against else None
+    if options.limit is not None and options.limit < 0:
+        raise UserError(f"--limit {options.limit}: expected a number of rows, or 0 for all")
+    if options.out and (options.out.suffix != ".json" or not options.out.parent.is_dir()):
+        raise UserError(f"--out {options.out}: expected FILE.json in a directory that is there")
+    if EVALUATOR not in os.environ:
+        environment = {EVALUATOR: "1"} | environments(candidate.recipe, 1)[0]
+        return follow(start([sys.executable, "-m", "sampler", *sys.argv[1:]], environment=environment))
+    log_to_console("eval")
+    die_with_parent()
+    from sampler.evaluate import run  # torch and vllm, only now
+
+    data = candidate.recipe.data
+    limit = data.eval_limit if options.limit is None else options.limit
+    result = run(candidate, options.data or data.eval, limit, options.out, against)
+    if result is None:
+        return 130
+    evaluation, progress = result
+    if options.out:
+        evaluation.write(options.out)
+    print(table(evaluation, progress.seconds, progress.tokens, progress.failed), flush=True)
+    if against:
+        print(versus(against, compare(against, evaluation)), flush=True)
+    return 0
+
+
+def follow(child: subprocess.Popen) -> int:
+    """Until the child has ended, or was stopped; nothing that it started stays."""
+    stopped: list[bool] = []
+
+    def stop() -> None:
+        stopped.append(True)
+        child.send_signal(signal.SIGTERM)
+
+    on_stop_signal(stop)
+    try:
+        while (code := child.poll()) is None:
+            time.sleep(0.2)
+    finally:
+        end(child, GRACE_S)
+    if code < 0 and not stopped:  # it could not say so itself
+        raise RunError(f"the evaluation {died(code)}")
+    return 130 if stopped else code
+
+
 def supervise(rundir: RunDir, recipe: Recipe) -> int:
     """Runs the engines' processes until all have ended. Returns the first exit code that is not 0."""
-    width = recipe.sampler.tensor_parallel
-    count = recipe.sampler.gpus // width
-    visible = visible_gpus()[: recipe.sampler.gpus]
-    if 0 < len(visible) < recipe.sampler.gpus:
-        raise UserError(f"{recipe.sampler.gpus} GPUs asked for, {len(visible)} visible; use --gpus {len(visible)}")
-    print(f"sampler: {count} engines ({'GPUs ' + ','.join(visible) if visible else 'CPU processes'})", flush=True)
+    own = environments(recipe, recipe.sampler.gpus // recipe.sampler.tensor_parallel)
+    gpus = ",".join(filter(None, (one["CUDA_VISIBLE_DEVICES"] for one in own)))
+    print(f"sampler: {len(own)} engines ({'GPUs ' + gpus if gpus else 'CPU processes'})", flush=True)
     command = [sys.executable, "-m", "sampler", "--run", str(rundir.path), *sys.argv[1:]]
-    children: list[subprocess.Popen] = []
-    for index in range(count):
-        environment = {REPLICA: str(index)}
-        if visible:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[index * width : (index + 1) * width])
-        else:
-            environment |= cpu_environment(recipe, count)
-        children.append(start(command, environment=environment))
+    children = [
+        start(command, environment={REPLICA: str(index)} | environment) for index, environment in enumerate(own)
+    ]
     stopped: list[bool] = []
 
     def stop() -> None:
@@ -88,6 +157,17 @@ def wait(children: list[subprocess.Popen], rundir: RunDir, stopped: list[bool]) 
         if None not in codes:
             return 0
         time.sleep(0.2)
+
+
+def environments(recipe: Recipe, engines: int) -> list[dict[str, str]]:
+    """Of each engine: its own GPUs, or without any its threads. Raises UserError where GPUs are missing."""
+    width = recipe.sampler.tensor_parallel
+    visible = visible_gpus()[: engines * width]
+    if not visible:
+        return [cpu_environment(recipe, engines)] * engines
+    if len(visible) < engines * width:
+        raise UserError(f"{engines * width} GPUs asked for, {len(visible)} visible; use --gpus {len(visible)}")
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[at : at + width])} for at in range(0, len(visible), width)]
 
 
 def cpu_environment(recipe: Recipe, engines: int) -> dict[str, str]:

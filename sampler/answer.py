@@ -1,20 +1,26 @@
-"""One lease -> one group: sample, reward, score under the reference, pack."""
+"""One lease -> one group: sample or demonstrate, reward, score under the reference, pack."""
 
 import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from protocol.codec import pack, token_array
-from protocol.messages import MAX_WHY, Completion, Failure, Group, Split
+from protocol.messages import MAX_WHY, Completion, Failure, Group, Span, Split, without_signal
 from protocol.metrics import MetricsWriter
 from protocol.recipe import Recipe
 from sampler.engine import Engine, Sampled
 from sampler.prompts import Prompt
 from sampler.reference import Reference
+from sampler.rewards.answers import canonical, extracted, gold
 from sampler.rewards.pool import RewardFailed, RewardPool, Score
 
 
 class Answerer:
-    """prompts: of each split, by row. reference: None where nobody asks for its log-probs."""
+    """prompts: of each split, by row. reference: None where nobody asks for its log-probs.
+
+    `counts`: training groups since the start, and those among them whose rewards are all equal.
+    """
 
     def __init__(
         self,
@@ -29,6 +35,7 @@ class Answerer:
     ) -> None:
         self._recipe, self._session, self._vocabulary, self._prompts = recipe, session, vocabulary, prompts
         self._engine, self._rewards, self._reference, self._rollouts = engine, rewards, reference, rollouts
+        self.counts = {"groups": 0, "groups_without_signal": 0}
 
     async def answer(self, split: Split, group_id: int, row: int) -> Group | Failure:
         """Raises EngineDead; a reward that fails is an answer, too, and never a silent zero."""
@@ -41,12 +48,20 @@ class Answerer:
         start = time.monotonic()
         prompt = self._prompts[split][row]
         training = split == "train"
-        count = self._recipe.sampling.group_size if training else self._recipe.eval.samples
-        temperature = self._recipe.sampling.temperature if training else self._recipe.eval.temperature
-        sampled = await self._engine.generate(prompt.ids, count=count, temperature=temperature)
-        score = await self._rewards.score(prompt.messages, [one.text for one in sampled], prompt.columns)
-        references = [None] * count
-        if training and self._reference:
+        sampled = await self._sampled(prompt, split)
+        score = await self._rewards.score(
+            prompt.messages,
+            [one.text for one in sampled],
+            prompt.columns,
+            completion_ids=[one.tokens.tolist() for one in sampled],
+            max_tokens=self._recipe.sampling.max_tokens,
+        )
+        references: list[np.ndarray | None] = [None] * len(sampled)
+        silent = len(sampled) > 1 and without_signal(score.rewards)
+        if training:
+            self.counts["groups"] += 1
+            self.counts["groups_without_signal"] += silent
+        if training and self._reference and not (silent and self._recipe.trainer.refill):  # else it is replaced
             references = await self._reference.logprobs(prompt.ids, [one.tokens for one in sampled])
         group = Group(
             session=self._session,
@@ -55,15 +70,31 @@ class Answerer:
             row=row,
             prompt=pack(token_array(prompt.ids.tolist(), self._vocabulary)),
             completions=[
-                self._completion(one, score, index, reference)
+                self._completion(one, score, index, reference, training)
                 for index, (one, reference) in enumerate(zip(sampled, references, strict=True))
             ],
+            gold=None if training else gold_of(prompt.columns),
             seconds=time.monotonic() - start,
         )
         self._write(group, prompt, sampled)
         return group
 
-    def _completion(self, sampled: Sampled, score: Score, index: int, reference) -> Completion:
+    async def _sampled(self, prompt: Prompt, split: Split) -> list[Sampled]:
+        """With the objective `sft` a training prompt's demonstration, as if the weights in use had sampled it; nobody
+        reads its log-probs."""
+        if split == "eval" or self._recipe.objective.name != "sft":
+            return await self._engine.generate(prompt.ids, split)
+        length = len(prompt.demonstration)
+        demonstration = Sampled(
+            tokens=prompt.demonstration,
+            logprobs=np.zeros(length, np.float32),
+            text=prompt.demonstration_text,
+            finish="stop",
+            spans=[Span(self._engine.weights.snapshot, 0, length)],
+        )
+        return [demonstration]
+
+    def _completion(self, sampled: Sampled, score: Score, index: int, reference, training: bool) -> Completion:
         return Completion(
             tokens=pack(token_array(sampled.tokens.tolist(), self._vocabulary)),
             logprobs=pack(sampled.logprobs),
@@ -72,6 +103,7 @@ class Answerer:
             spans=sampled.spans,
             reward=score.rewards[index],
             rewards={name: values[index] for name, values in score.by_function.items()},
+            answers={} if training else extracted(sampled.text, self._recipe.eval.extractors),
         )
 
     def _write(self, group: Group, prompt: Prompt, sampled: list[Sampled]) -> None:
@@ -92,3 +124,9 @@ class Answerer:
                     "seconds": round(group.seconds, 3),
                 }
             )
+
+
+def gold_of(columns: dict) -> str | None:
+    """The right number of a row, written like an extracted one; None where its `answer` holds none."""
+    value = gold(str(columns["answer"])) if "answer" in columns else None
+    return None if value is None else canonical(value)

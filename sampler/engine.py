@@ -6,7 +6,6 @@ says which tokens came from which snapshot.
 """
 
 import asyncio
-import logging
 import os
 import shutil
 import tempfile
@@ -26,27 +25,24 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from policy.canary import LENGTH
-from protocol.errors import EngineDead
-from protocol.messages import Span
+from policy.model import load_tokenizer
+from protocol.errors import EngineDead, UserError
+from protocol.messages import Span, Split
 from protocol.recipe import Recipe
 from protocol.snapshot import Corrupt, Sealed
+from sampler.arguments import engine_arguments
+from sampler.sampling import end_tokens, settings
 from sampler.weights import Apply, Weights
 from sampler.worker import SAMPLER_PID
-
-log = logging.getLogger(__name__)
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM can be told to be ready for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """One completion as it left the engine. n = tokens, the stop token included."""
+    """One completion as it left the engine. n = tokens, those that ended it included."""
 
     tokens: np.ndarray  # [n] int64
     logprobs: np.ndarray  # [n] float32, at the sampling temperature
-    text: str
+    text: str  # without special tokens and `sampling.stop`
     finish: str  # stop | length
     spans: list[Span]
 
@@ -55,7 +51,12 @@ class Engine:
     """Use with `async with`. `weights` says which snapshot it uses; `tokens` counts what it has sampled."""
 
     def __init__(self, recipe: Recipe, directory: Path, snapshots: Path, *, gpu: bool, seed: int) -> None:
+        """Raises UserError for settings that vLLM or the model cannot follow."""
         self._recipe, self._directory, self._gpu, self._seed = recipe, directory, gpu, seed
+        ends = end_tokens(recipe, directory, load_tokenizer(directory))
+        self._parameters: dict[Split, SamplingParams] = {
+            split: sampling_parameters(settings(recipe, split), ends) for split in ("train", "eval")
+        }
         self.weights = Weights(self, snapshots, recipe.model.dtype)
         self.tokens = 0
         self.running = 0
@@ -80,23 +81,14 @@ class Engine:
         """vLLM's process is gone. Requests then fail, but calls into its workers never come back."""
         return self._llm.errored
 
-    async def generate(self, prompt: np.ndarray, *, count: int, temperature: float) -> list[Sampled]:
-        """`count` completions of one prompt [m]. Raises EngineDead.
+    async def generate(self, prompt: np.ndarray, split: Split) -> list[Sampled]:
+        """The completions of one prompt [m], as many and as the recipe wants them for the split. Raises EngineDead.
 
         Returned only when the weights that sampled them have passed their check.
         """
-        sampling = self._recipe.sampling
-        parameters = SamplingParams(
-            n=count,
-            temperature=temperature,
-            max_tokens=sampling.max_tokens,
-            stop=sampling.stop,
-            logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        outputs = await self._request(prompt.tolist(), parameters)
+        outputs = await self._request(prompt.tolist(), self._parameters[split])
         await self.weights.checked()
-        return [_sampled(output) for output in outputs.outputs]
+        return [_sampled(output, self._recipe.sampling.stop_after) for output in outputs.outputs]
 
     async def read(self, sealed: Sealed, sha256: str) -> Apply:
         """Hands a verified snapshot to the worker; what is left is to be done while the engine is paused."""
@@ -180,45 +172,31 @@ class _TokenCounter(StatLoggerBase):
         return
 
 
-def engine_arguments(recipe: Recipe, directory: Path, gpu: bool, seed: int) -> dict:
-    """vLLM's settings. Log-probs are processed (temperature included), as the trainer computes them."""
-    sampler, sampling, lora = recipe.sampler, recipe.sampling, recipe.lora
-    arguments = {
-        "model": str(directory),
-        "dtype": recipe.model.dtype,
-        "seed": seed,
-        "max_model_len": max(2 * LENGTH, recipe.data.max_prompt_tokens + sampling.max_tokens),
-        "max_num_seqs": sampler.max_running,
-        "tensor_parallel_size": sampler.tensor_parallel,
-        "logprobs_mode": "processed_logprobs",
-        "enforce_eager": not sampler.compile,
-        "enable_prefix_caching": True,
-        "worker_extension_cls": "sampler.worker.SnapshotWorker",
-        "disable_log_stats": False,
-        "trust_remote_code": False,
-        "generation_config": "auto",
-    }
-    if gpu:
-        arguments["gpu_memory_utilization"] = sampler.gpu_memory
-    else:  # the CPU backend takes blocks of 32 tokens and multiples; its default is too long to share short prompts
-        arguments |= {"kv_cache_memory_bytes": int(sampler.cpu_kv_cache_gb * 2**30), "block_size": 32}
-    if lora.rank:
-        arguments |= {
-            "enable_lora": True,
-            "max_lora_rank": next(size for size in LORA_RANKS if size >= lora.rank),
-            "max_loras": 1,
-        }
-    return arguments
+def sampling_parameters(settings: dict, ends: list[int]) -> SamplingParams:
+    """ends: ids of tokens that end a completion. Raises UserError where vLLM refuses or changes a setting."""
+    try:
+        parameters = SamplingParams(
+            **settings, stop_token_ids=ends, logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+    except ValueError as error:
+        raise UserError(f"vLLM refuses the recipe's tables sampling and eval: {' '.join(str(error).split())}") from None
+    if parameters.temperature != settings["temperature"]:
+        raise UserError(
+            f"vLLM samples at temperature {parameters.temperature:g} where the recipe says "
+            f"{settings['temperature']:g}; use at least {parameters.temperature:g}"
+        )
+    return parameters
 
 
-def _sampled(output: CompletionOutput) -> Sampled:
+def _sampled(output: CompletionOutput, stop_after: Sequence[str]) -> Sampled:
+    """vLLM's text ends before the text that ended it, which may begin in the middle of a token."""
     tokens = np.asarray(output.token_ids, np.int64)
     logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
     spans = [Span(span.version, span.start, span.end) for span in output.weight_versions]
     return Sampled(
         tokens=tokens,
         logprobs=np.asarray(logprobs, np.float32),
-        text=output.text,
+        text=output.text + (output.stop_reason if output.stop_reason in stop_after else ""),
         finish=output.finish_reason,
         spans=spans,
     )

@@ -35,6 +35,8 @@ class Prompt:
     ids: np.ndarray  # [tokens] int32
     messages: Messages | str  # a string only if the tokenizer has no chat template
     columns: dict  # all of the row but `prompt`, as JSON values, for the rewards
+    demonstration: np.ndarray | None = None  # [tokens] int32, with the token that ends the turn; objective `sft`
+    demonstration_text: str = ""
 
 
 def load_prompts(source: str, limit: int, data: Data, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
@@ -52,7 +54,7 @@ def load_prompts(source: str, limit: int, data: Data, tokenizer: "PreTrainedToke
     if tokenizer.chat_template is None:
         messages = [_text_alone(conversation, source) for conversation in messages]
     _refuse_missing_gold(columns, source)
-    ids = _tokenize(messages, tokenizer, source)
+    ids = tokenize(messages, tokenizer, source)
     _refuse_long(ids, data.max_prompt_tokens, source)
     return [
         Prompt(ids=np.array(i, np.int32), messages=m, columns=c) for i, m, c in zip(ids, messages, columns, strict=True)
@@ -60,12 +62,14 @@ def load_prompts(source: str, limit: int, data: Data, tokenizer: "PreTrainedToke
 
 
 def fingerprint(prompts: list[Prompt]) -> str:
-    """sha256 (hex) over ids and columns in order: one row means one prompt on both sides."""
+    """sha256 (hex) over ids, columns and demonstrations in order: one row means one prompt on both sides."""
     digest = hashlib.sha256()
     for prompt in prompts:
         columns = json.dumps(prompt.columns, sort_keys=True, separators=(",", ":")).encode()
         digest.update(f"{len(prompt.ids)} {len(columns)} ".encode())  # no two lists run together
         digest.update(prompt.ids.astype("<i4").tobytes() + columns)
+        if prompt.demonstration is not None:
+            digest.update(f"and {len(prompt.demonstration)} ".encode() + prompt.demonstration.astype("<i4").tobytes())
     return digest.hexdigest()
 
 
@@ -91,16 +95,27 @@ def _own_messages(row: dict, data: Data, where: str) -> Messages:
         return [{"role": str(m.get("role")), "content": m["content"]} for m in prompt]
     if isinstance(prompt, str) and data.template == PLAIN_TEMPLATE:
         return [{"role": "user", "content": prompt}]
-    return [{"role": "user", "content": _filled(data.template, row, where)}]
+    return [{"role": "user", "content": filled(data.template, row, where, "data.template")}]
 
 
-def _filled(template: str, row: dict, where: str) -> str:
-    """`{column}` replaced in one pass; other braces, as in `\\boxed{}`, stay as they are."""
+def filled(template: str, row: dict, where: str, setting: str) -> str:
+    """`{column}` replaced in one pass; other braces, as in `\\boxed{}`, stay as they are.
+
+    A row whose `answer` is written as GSM8K's also has `{reasoning}` and `{final}`. Raises UserError, with the name of
+    the setting, for a column that the row lacks.
+    """
+    row = _solution(row.get("answer")) | row
     for name in re.findall(r"\{(\w+)\}", template):
         if row.get(name) is None:
             known = ", ".join(name for name in row if row[name] is not None)
-            raise UserError(f"{where} has no column {name!r} for data.template; it has: {known}")
+            raise UserError(f"{where} has no column {name!r} for {setting}; it has: {known}")
     return re.sub(r"\{(\w+)\}", lambda found: str(row[found[1]]), template)
+
+
+def _solution(answer: object) -> dict[str, str]:
+    """`reasoning\\n#### 42` in two parts, without the annotations for a calculator: `48/2 = <<48/2=24>>24`."""
+    reasoning, mark, final = str(answer).rpartition("####")
+    return {"reasoning": re.sub(r"<<[^<>\n]*>>", "", reasoning).strip(), "final": final.strip()} if mark else {}
 
 
 def _columns(row: dict, where: str) -> dict:
@@ -129,14 +144,18 @@ def _text_alone(conversation: Messages, source: str) -> str:
     return conversation[0]["content"]
 
 
-def _tokenize(messages: list[Messages | str], tokenizer: "PreTrainedTokenizerBase", source: str) -> list[list[int]]:
-    """Token ids; `add_generation_prompt` opens the assistant's turn, which is not its own task."""
+def tokenize(
+    messages: list[Messages | str], tokenizer: "PreTrainedTokenizerBase", source: str, open_turn: bool = True
+) -> list[list[int]]:
+    """Token ids; `open_turn` ends them with the header of the assistant's turn, which is not its own task."""
     if tokenizer.chat_template is None:
         return tokenizer(messages)["input_ids"]
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=open_turn, tokenize=True, return_dict=False
+        )
     except TemplateError as error:
         raise UserError(f"{source}: the chat template refuses the messages: {error}") from None
 

@@ -21,6 +21,7 @@ from protocol.process import STOP_SIGNALS, die_with_parent
 from protocol.recipe import Recipe
 from protocol.rundir import RunDir
 from sampler.answer import Answerer
+from sampler.demonstrations import demonstrated
 from sampler.engine import Engine
 from sampler.link import Link
 from sampler.loop import sample
@@ -28,6 +29,8 @@ from sampler.prompts import Prompt, load_prompts
 from sampler.prompts import fingerprint as prompts_fingerprint
 from sampler.reference import Reference
 from sampler.rewards.pool import RewardPool
+from sampler.sampling import end_tokens
+from sampler.sampling import show as show_sampling
 from sampler.session import Load, Session, Work
 
 log = logging.getLogger(__name__)
@@ -49,8 +52,13 @@ def run(rundir: RunDir, recipe: Recipe, index: int, make_engine: Callable[..., E
         if recipe.data.eval
         else [],
     }
+    ends = end_tokens(recipe, directory, tokenizer)
+    if recipe.objective.name == "sft":
+        longest = recipe.sampling.max_tokens
+        prompts["train"] = demonstrated(prompts["train"], recipe.data, tokenizer, ends, longest)
     agreement = agree(keys.run_id, directory, tokenizer, recipe)
     show(prompts["train"][0], tokenizer)
+    show_sampling(recipe, ends, tokenizer)
     try:
         asyncio.run(serve(rundir, recipe, keys, directory, agreement, prompts, index, make_engine))
     except BaseExceptionGroup as group:
@@ -102,12 +110,12 @@ async def serve(
         rollouts = stack.enter_context(MetricsWriter(rundir.rollouts / f"{session.name}.jsonl"))
         answerer = Answerer(recipe, session.name, agreement.vocabulary, prompts, engine, rewards, reference, rollouts)
         metrics = stack.enter_context(MetricsWriter(rundir.metrics / f"sampler-{session.name}.jsonl"))
-        reporting = asyncio.create_task(report(metrics, rollouts, engine, rewards))
+        reporting = asyncio.create_task(report(metrics, rollouts, engine, rewards, answerer))
         try:
             await sample(trainer, engine.weights, answerer)
         finally:
             reporting.cancel()
-            metrics.write(figures(rollouts, engine, rewards))
+            metrics.write(figures(rollouts, engine, rewards, answerer))
 
 
 class Heartbeat:
@@ -129,17 +137,19 @@ class Heartbeat:
             raise EngineDead(f"vLLM has {engine.running} requests and gave no token for {now - self._moved:.0f} s")
 
 
-async def report(metrics: MetricsWriter, rollouts: MetricsWriter, engine: Engine, rewards: RewardPool) -> None:
+async def report(
+    metrics: MetricsWriter, rollouts: MetricsWriter, engine: Engine, rewards: RewardPool, answerer: Answerer
+) -> None:
     while True:
         await asyncio.sleep(REPORT_S)
-        metrics.write(figures(rollouts, engine, rewards))
+        metrics.write(figures(rollouts, engine, rewards, answerer))
 
 
-def figures(rollouts: MetricsWriter, engine: Engine, rewards: RewardPool) -> dict[str, object]:
-    """Counted since the start: tokens, and what became of each reward function's calls."""
+def figures(rollouts: MetricsWriter, engine: Engine, rewards: RewardPool, answerer: Answerer) -> dict[str, object]:
+    """Counted since the start: tokens, groups, and what became of each reward function's calls."""
     weights = engine.weights
     figures = {"tokens": engine.tokens, "snapshot": weights.snapshot, "snapshots_unreadable": weights.unreadable}
-    return figures | {"records_lost": rollouts.lost} | rewards.counters()
+    return figures | {"records_lost": rollouts.lost} | answerer.counts | rewards.counters()
 
 
 def first_cause(group: BaseExceptionGroup) -> BaseException:
@@ -161,5 +171,8 @@ def versions() -> dict[str, str]:
 
 def show(prompt: Prompt, tokenizer) -> None:
     """What the model will really see, so that a wrong template is found by reading."""
-    log.info("first prompt (%d tokens), end of sequence %r:", len(prompt.ids), tokenizer.eos_token)
+    log.info("first prompt (%d tokens):", len(prompt.ids))
     log.info("%r", tokenizer.decode(prompt.ids.tolist()))
+    if prompt.demonstration is not None:
+        log.info("its demonstration (%d tokens):", len(prompt.demonstration))
+        log.info("%r", tokenizer.decode(prompt.demonstration.tolist()))

@@ -1,6 +1,7 @@
 """Real vLLM: its log-probs are the trainer's, weights change under running requests, wrong weights never sample."""
 
 import asyncio
+import functools
 import shutil
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from policy.canary import canary_sequences
 from policy.logprobs import TokenLogprobs, pack
@@ -53,9 +54,14 @@ def publish(
         return Pulse(snapshot=name, manifest_sha256=seal(aside, snapshots / name, manifest))
 
 
+@functools.lru_cache(maxsize=1)
+def trainers_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+
+
 def logprobs(directory: Path, prompt, completions, dtype=torch.float32, temperature: float = 1.0) -> list[np.ndarray]:
     """The trainer's computation."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+    model = trainers_model(directory, dtype)
     completions = [np.asarray(completion) for completion in completions]
     with torch.no_grad():
         found, _ = TokenLogprobs(model, temperature, 64)(pack([(np.asarray(prompt), completions)]))
@@ -65,8 +71,8 @@ def logprobs(directory: Path, prompt, completions, dtype=torch.float32, temperat
 class Running:
     """An engine on an event loop of its own thread, so that tests can stay plain functions."""
 
-    def __init__(self, directory: Path, *overrides: str) -> None:
-        self.model, self.snapshots = make_model(directory / "model"), directory / "snapshots"
+    def __init__(self, directory: Path, *overrides: str, model: Path | None = None) -> None:
+        self.model, self.snapshots = model or make_model(directory / "model"), directory / "snapshots"
         self.snapshots.mkdir()
         recipe = load(
             None,
@@ -111,7 +117,7 @@ def differently_trained(running: Running, seed: int) -> Path:
 
 def test_sampled_logprobs_are_the_trainers_at_the_sampling_temperature(running):
     running.call(running.engine.weights.load(publish(running.model, running.snapshots, 0)))
-    sampled = running.call(running.engine.generate(PROMPT, count=4, temperature=0.7))
+    sampled = running.call(running.engine.generate(PROMPT, "train"))
     expected = logprobs(running.model, PROMPT, [one.tokens for one in sampled], temperature=0.7)
     gaps = np.concatenate([abs(one.logprobs - other) for one, other in zip(sampled, expected, strict=True)])
     assert gaps.mean() < 1e-5 and gaps.max() < 1e-3
@@ -122,7 +128,7 @@ def test_weights_change_under_a_running_request_and_each_token_knows_its_own(run
     other = differently_trained(running, 1)
 
     async def both():
-        generating = asyncio.create_task(running.engine.generate(PROMPT, count=8, temperature=0.7))
+        generating = asyncio.create_task(running.engine.generate(PROMPT, "train"))
         while running.engine.tokens < counted + 40:
             await asyncio.sleep(0.005)
         await running.engine.weights.load(publish(other, running.snapshots, 1))
@@ -190,6 +196,6 @@ def test_the_next_good_snapshot_is_used_again(running):
     """The last one: also the tied output layer follows, which the CPU backend keeps packed."""
     third = differently_trained(running, 3)
     running.call(running.engine.weights.load(publish(third, running.snapshots, 8)))
-    sampled = running.call(running.engine.generate(PROMPT, count=2, temperature=0.7))
+    sampled = running.call(running.engine.generate(PROMPT, "train"))
     expected = logprobs(third, PROMPT, [one.tokens for one in sampled], temperature=0.7)
     assert max(abs(one.logprobs - other).max() for one, other in zip(sampled, expected, strict=True)) < 1e-3

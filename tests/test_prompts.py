@@ -11,7 +11,10 @@ from pyarrow import parquet
 
 from protocol.errors import UserError
 from protocol.recipe import Data
+from sampler.demonstrations import demonstrated
 from sampler.prompts import Prompt, fingerprint, load_prompts, load_rows
+from sampler.rewards.builtin import format as well_formed
+from sampler.rewards.builtin import gsm8k
 from tests.tiny import make_tokenizer
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared/data/gsm8k/train.jsonl"
@@ -268,3 +271,99 @@ def test_all_of_gsm8k_becomes_prompts_with_their_answers(tokenizer):
     assert len(prompts) == 7473
     assert all("####" in prompt.columns["answer"] for prompt in prompts)
     assert not any("####" in tokenizer.decode(prompt.ids) for prompt in prompts)  # no gold leaks
+
+
+SOLVED = {"question": "2 + 2?", "answer": "Two and two: <<2+2=4>>4.\n#### 4"}
+FORM = "<think>{reasoning}</think><answer>{final}</answer>"
+
+
+def shown(directory: Path, rows: list[dict], tokenizer, form: str = FORM, max_tokens: int = 999) -> list[Prompt]:
+    data = Data(train=written(directory, rows), system="", max_prompt_tokens=4096, demonstration=form)
+    prompts = load_prompts(data.train, 0, data, tokenizer)
+    return demonstrated(prompts, data, tokenizer, [tokenizer.eos_token_id], max_tokens)
+
+
+def no_demonstration(*arguments, **settings) -> str:
+    with pytest.raises(UserError) as refused:
+        shown(*arguments, **settings)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_prompt_and_demonstration_are_the_rendered_conversation_up_to_the_end_of_the_turn(tmp_path, tokenizer):
+    [prompt] = shown(tmp_path, [SOLVED], tokenizer)
+    said = "<think>Two and two: 4.</think><answer>4</answer>"
+    whole = tokenizer.apply_chat_template([*prompt.messages, {"role": "assistant", "content": said}], tokenize=False)
+    assert tokenizer.decode([*prompt.ids, *prompt.demonstration]) + "\n" == whole
+    assert prompt.demonstration[-1] == tokenizer.eos_token_id and prompt.demonstration.dtype == np.int32
+    assert prompt.demonstration_text == said
+
+
+def test_a_rows_own_columns_win_over_those_made_of_its_answer(tmp_path, tokenizer):
+    [prompt] = shown(tmp_path, [SOLVED | {"final": "four"}], tokenizer, "{reasoning} {final}")
+    assert prompt.demonstration_text == "Two and two: 4. four"
+
+
+def test_without_a_chat_template_the_tokenizers_end_of_sequence_follows(tmp_path):
+    plain = make_tokenizer()
+    plain.chat_template = None
+    [prompt] = shown(tmp_path, [SOLVED], plain, " It is {final}.")
+    assert plain.decode([*prompt.ids, *prompt.demonstration]) == "2 + 2? It is 4.<|im_end|>"
+
+
+def test_a_demonstration_that_the_template_changes_is_a_warning_and_what_it_became_is_learned(tmp_path, caplog):
+    trims = make_tokenizer()
+    trims.chat_template = trims.chat_template.replace("message['content']", "message['content'] | trim")
+    [prompt] = shown(tmp_path, [SOLVED], trims, " {final} ")
+    assert prompt.demonstration_text == "4"
+    assert "changes 1 of 1 demonstrations; the first of them becomes '4'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "form", "complaint"),
+    [
+        (
+            [SOLVED, {"question": "?", "answer": "4"}],
+            FORM,
+            "row 1 (from 0) has no column 'reasoning' for data.demonstr",
+        ),
+        ([SOLVED, SOLVED], "{final}<|im_end|>{final}", "holds an end-of-sequence token in the middle (2 of 2 rows)"),
+        (
+            [SOLVED, SOLVED | {"final": "x" * 50}],
+            "{final}",
+            "row 1 (from 0): the demonstration has 51 tokens, more than",
+        ),
+    ],
+)
+def test_rows_that_demonstrate_nothing_are_refused_at_the_start(tmp_path, tokenizer, rows, form, complaint):
+    assert complaint in no_demonstration(tmp_path, rows, tokenizer, form, max_tokens=50)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "complaint"),
+    [
+        ("<|im_end|>", "", "is closed by no end-of-sequence token of the chat template (1 of 1 rows)"),
+        ("assistant", "model", "does not begin with the prompt's tokens when it is rendered together with it"),
+    ],
+)
+def test_templates_that_cannot_demonstrate_are_refused(tmp_path, wrong, right, complaint):
+    other = make_tokenizer()
+    other.chat_template = other.chat_template.replace(wrong, right)
+    assert complaint in no_demonstration(tmp_path, [SOLVED], other)
+
+
+def test_the_fingerprint_follows_demonstrations(tmp_path, tokenizer):
+    of = [fingerprint(shown(tmp_path, [SOLVED, SOLVED], tokenizer, form)) for form in ("{final}", "{reasoning}")]
+    assert len({*of, fingerprint(load_prompts(str(tmp_path / "rows.jsonl"), 0, BARE, tokenizer))}) == 3
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason=f"no {GSM8K}")
+def test_gsm8ks_own_solutions_deserve_full_marks(tokenizer):
+    data = Data(train=str(GSM8K), system="", max_prompt_tokens=4096, demonstration=FORM)
+    prompts = demonstrated(
+        load_prompts(data.train, 500, data, tokenizer), data, tokenizer, [tokenizer.eos_token_id], 4096
+    )
+    texts, answers = [prompt.demonstration_text for prompt in prompts], [prompt.columns["answer"] for prompt in prompts]
+    assert len(prompts) == 500
+    assert set(gsm8k([""] * 500, texts, answers)) == set(well_formed([""] * 500, texts)) == {1.0}
+    assert not any("<<" in text or "####" in text for text in texts)

@@ -41,7 +41,8 @@ class Exams:
             self._collect(wait=True)
         if not self._open:
             self._asked.add(policy.steps_done)
-            self._inbox.start_exam(alone=0 < policy.steps_done < self._recipe.trainer.steps)
+            beside = 0 < policy.steps_done < self._recipe.trainer.steps and not self.over
+            self._inbox.start_exam(alone=beside)
             self._open = True
 
     def finish(self, policy: Policy) -> bool:

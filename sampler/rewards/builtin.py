@@ -1,6 +1,7 @@
 """The reward functions that come with the project, in TRL's signature: lists in, a list out.
 
-The recipe's `options` arrive as keyword arguments (`correct`, `wrong`), data columns as lists.
+The recipe's `options` arrive as keyword arguments (`correct`, `wrong`), data columns as lists, and so do the
+completions' token ids; `max_tokens` is the recipe's.
 """
 
 from sampler.rewards.answers import final_answer
@@ -46,6 +47,16 @@ def format(
     Each tag once, in this order, and nothing but white space before, between and after.
     """
     return [correct if _well_formed(text_of(item)) else wrong for item in completions]
+
+
+def overlong(completion_ids: list[list[int]], max_tokens: int, buffer: int, **columns: list) -> list[float]:
+    """Soft overlong punishment: 0 up to `max_tokens - buffer` tokens, from there on linear, -1 at `max_tokens`.
+
+    DAPO (arXiv 2503.14476), equation 13, which has 4096 for 20480 tokens. A completion that was cut gets -1.
+    """
+    if not 0 < buffer <= max_tokens:
+        raise ValueError(f"buffer = {buffer}, expected 1 to max_tokens = {max_tokens}")
+    return [min(0.0, (max_tokens - buffer - len(ids)) / buffer) for ids in completion_ids]
 
 
 def _well_formed(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""`gsm8k`, `format`, `file.py:function` or `package.module:function` -> the function.
+"""`gsm8k`, `format`, `overlong`, `file.py:function` or `package.module:function` -> the function.
 
 User code never runs in the sampler's own process: there `find` looks only at files and names;
 `load` imports in the killable worker (sampler/rewards/worker.py). Both run before any model loads,
@@ -20,8 +20,11 @@ from types import ModuleType
 from protocol.errors import UserError
 from sampler.rewards import builtin
 
-BUILTIN: dict[str, Callable] = {"gsm8k": builtin.gsm8k, "format": builtin.format}
-GIVEN = ("prompts", "completions")
+BUILTIN: dict[str, Callable] = {"gsm8k": builtin.gsm8k, "format": builtin.format, "overlong": builtin.overlong}
+GIVEN = ("prompts", "completions", "completion_ids")
+"""Lists of one value for each completion, as TRL gives them."""
+NAMED = ("max_tokens",)
+"""For functions that name it, where neither data nor options do. It is no list, so `**columns` does not hold it."""
 
 
 def name_of(reference: str) -> str:
@@ -71,12 +74,12 @@ def load(reference: str, options: dict) -> Callable:
     return function
 
 
-def accepted(function: Callable, arguments: dict) -> dict:
-    """The arguments that the function takes: all of them with `**columns`, else those it names."""
+def accepted(function: Callable, arguments: dict, named: dict) -> dict:
+    """What the function takes: of `arguments` all with `**columns`, else those it names; of `named` those it names."""
     parameters = inspect.signature(function).parameters
-    if any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
-        return arguments
-    return {name: value for name, value in arguments.items() if name in parameters}
+    known = {name: value for name, value in (named | arguments).items() if name in parameters}
+    takes_all = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
+    return arguments | known if takes_all else known
 
 
 def required(function: Callable, options: dict) -> list[str]:
@@ -86,7 +89,7 @@ def required(function: Callable, options: dict) -> list[str]:
         for name, item in inspect.signature(function).parameters.items()
         if item.default is item.empty
         and item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
-        and name not in (*GIVEN, *options)
+        and name not in (*GIVEN, *NAMED, *options)
     ]
 
 

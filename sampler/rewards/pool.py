@@ -77,15 +77,21 @@ class RewardPool:
         """Raises UserError if a function needs a column that the data set lacks."""
         for key, needed in self.required.items():
             if missing := [name for name in needed if name not in columns]:
-                raise UserError(f"reward {key} needs the column {missing[0]!r}; the data set has: {', '.join(columns)}")
+                raise UserError(
+                    f"reward {key} needs the column {missing[0]!r}, or an option of that name; "
+                    f"the data set has: {', '.join(columns)}"
+                )
 
-    async def score(self, prompt: list[dict[str, str]] | str, completions: list[str], columns: dict) -> Score:
+    async def score(
+        self, prompt: list[dict[str, str]] | str, completions: list[str], columns: dict, **sampled: object
+    ) -> Score:
         """Scores the completions of one prompt, whose row is `columns`; waits for a free worker.
 
+        sampled: `completion_ids` (token ids of each completion) and `max_tokens`, for functions that want them.
         Raises RewardFailed, which costs this group alone, and UserError if a worker that starts
         only now cannot import.
         """
-        request = batch(prompt, completions, columns)
+        request = batch(prompt, completions, columns) | sampled
         async with self._borrowed() as process:
             by_function = {key: await self._call(process, key, request) for key in self.keys}
         return Score(rewards=self._sum(by_function), by_function=by_function)

@@ -6,7 +6,8 @@ object a line, on stdin and stdout:
     -> {"paths": [directories for imports], "memory": bytes,
         "rewards": [{"reference": ..., "options": {...}}]}
     <- {"required": [[column, ...] per reward]}   or  {"refused": why}
-    -> {"reward": index, "prompts": [...], "completions": [...], "columns": {name: [...]}}
+    -> {"reward": index, "prompts": [...], "completions": [...], "completion_ids": [[...], ...],
+        "max_tokens": number, "columns": {name: [...]}}
     <- {"values": [number or null, ...]}          or  {"error": "Type: text (file.py:12)"}
 
 User code sees neither pipe: its stdin is empty, its prints go to stderr. This limits damage; it is
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from protocol.errors import UserError
-from sampler.rewards.loader import GIVEN, accepted, file_of, load, required, where
+from sampler.rewards.loader import GIVEN, NAMED, accepted, file_of, load, required, where
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MAX_FILE_BYTES = 16 << 30
@@ -67,9 +68,9 @@ class Call:
 
 def answer(call: Call, request: dict, runner: asyncio.Runner) -> dict:
     """Calls the function for one group; whatever it does wrong becomes the text of an error."""
-    given = {name: request[name] for name in GIVEN}
+    given, named = ({name: request[name] for name in names if name in request} for names in (GIVEN, NAMED))
     try:
-        values = call.run(**accepted(call.run, request["columns"] | call.options | given))
+        values = call.run(**accepted(call.run, request["columns"] | call.options | given, named))
         if inspect.isawaitable(values):
             values = runner.run(_wait(values))
         return {"values": checked(values, len(request["completions"]))}

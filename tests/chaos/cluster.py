@@ -302,9 +302,9 @@ class Cluster:
 
     def move_to(self, elsewhere: Path) -> None:
         """Goes on with a copy of the run directory alone."""
-        shutil.copytree(self.rundir.path, elsewhere)
+        shutil.copytree(self.rundir.path, elsewhere, symlinks=True)
         for entry in self.rundir.path.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         self.rundir = RunDir(elsewhere)
 
     # -- the audit -----------------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""How completions are drawn and what ends them: the recipe's settings, resolved against a model.
+
+A completion ends with an end-of-sequence token, with a text of `sampling.stop` or `stop_after`, or at
+`sampling.max_tokens`. The tokenizer names one end-of-sequence token, the generation configuration often others:
+all of them count. Tokens and log-probs hold everything that was sampled, the last token whole; the text ends before
+a `stop` and behind a `stop_after`, also where that is in the middle of the last token.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from policy.model import vocabulary_size
+from protocol.errors import UserError
+from protocol.messages import Split
+from protocol.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def settings(recipe: Recipe, split: Split) -> dict:
+    """Named as in vLLM's SamplingParams. Held-out prompts have a temperature and a top_p of their own and no other
+    filter. Raises UserError for settings that contradict each other."""
+    sampling, evaluation = recipe.sampling, recipe.eval
+    if both := set(sampling.stop) & set(sampling.stop_after):
+        raise UserError(f"{min(both)!r} is in sampling.stop and in sampling.stop_after; keep one of them")
+    if "" in sampling.stop + sampling.stop_after:
+        raise UserError('sampling.stop and sampling.stop_after cannot hold "": every text contains it')
+    if evaluation.samples > 1 and not evaluation.temperature:
+        raise UserError(
+            f"eval.samples = {evaluation.samples} at eval.temperature = 0 are {evaluation.samples} times the same; "
+            "raise the temperature, or set samples = 1"
+        )
+    ends = {"max_tokens": sampling.max_tokens, "stop": sampling.stop + sampling.stop_after}
+    if split == "eval":
+        return {"n": evaluation.samples, "temperature": evaluation.temperature, "top_p": evaluation.top_p} | ends
+    filters = {name: getattr(sampling, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+    return {"n": sampling.group_size, "temperature": sampling.temperature} | filters | ends
+
+
+def end_tokens(recipe: Recipe, directory: Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Ids that end a completion: of tokenizer, generation configuration and `sampling.stop_token_ids`, ascending.
+
+    Raises UserError for an id of the recipe that is outside the vocabulary; one of the model's own files is left out
+    with a warning.
+    """
+    size = vocabulary_size(directory)
+    for token in recipe.sampling.stop_token_ids:
+        if token >= size:
+            raise UserError(f"sampling.stop_token_ids: {token} is outside the vocabulary of {size} tokens; remove it")
+    declared = _declared(directory) | ({tokenizer.eos_token_id} - {None})
+    for token in sorted(token for token in declared if token >= size):
+        log.warning("end-of-sequence token %d of the model's files is outside its vocabulary of %d", token, size)
+    return sorted({token for token in declared if token < size} | set(recipe.sampling.stop_token_ids))
+
+
+def closing_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The special token with which the chat template closes an assistant's turn; None where there is none."""
+    if tokenizer.chat_template is None:
+        return None
+    said = "7 apples"
+    conversation = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": said}]
+    rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
+    behind = tokenizer(rendered.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in behind if token in tokenizer.added_tokens_decoder), None)
+
+
+def show(recipe: Recipe, ends: list[int], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Logs what holds, and a warning where a model cannot end its turn as its chat template does."""
+    for split in ("train", "eval"):
+        log.info("sampling (%s): %s", split, ", ".join(f"{k} {v}" for k, v in settings(recipe, split).items()))
+    log.info("end of sequence: %s", ", ".join(f"{token} {tokenizer.decode([token])!r}" for token in ends))
+    closing = closing_token(tokenizer)
+    if closing is not None and closing not in ends:
+        log.warning(
+            "the chat template closes a turn with %r, which ends no completion: add %d to sampling.stop_token_ids",
+            tokenizer.decode([closing]),
+            closing,
+        )
+
+
+def _declared(directory: Path) -> set[int]:
+    """Of generation_config.json, or without that file of config.json: where vLLM looks, too."""
+    files = [directory / name for name in ("generation_config.json", "config.json")]
+    found = json.loads(next(file for file in files if file.is_file()).read_text()).get("eos_token_id")
+    return set(found if isinstance(found, list) else [found]) - {None}
