@@ -32,6 +32,7 @@ from trainer.publish import Publisher
 from trainer.ranks import Ranks
 from trainer.record import Record
 from trainer.store import Store
+from trainer.stream import StreamWriter
 
 
 def groups(step: int, recipe) -> list:
@@ -63,7 +64,8 @@ def main(settings: dict) -> None:
             checkpoints = Checkpoints(rundir, keys, ranks, incarnation, "m")
             checkpoints.resume(policy)
             publisher = Publisher(rundir, keys.run_id, incarnation, load_tokenizer(Path(recipe.model.path)))
-            store = Store(rundir, publisher, checkpoints, recipe.trainer, first=ranks.first)
+            stream = StreamWriter(rundir.stream, incarnation, on=False)
+            store = Store(rundir, publisher, checkpoints, stream, recipe.trainer, first=ranks.first)
             store.publish(policy)
             if settings.get("full_disk") == ranks.rank:
                 fill_disk_once()

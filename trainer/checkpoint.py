@@ -1,7 +1,8 @@
-"""All that a trainer needs to go on: weights, optimizer, schedule, random state, and the ledger of trained groups.
+"""All that a trainer needs to go on: weights, optimizer, schedule, and the ledger of trained groups.
 
 One sealed, signed directory, so that all of it is saved or none. DeepSpeed's files are pickles: they are loaded
-only after the signature and every hash have been checked.
+only after the signature and every hash have been checked. A trainer with another number of ranks loads what
+DeepSpeed's converter makes of them.
 """
 
 import logging
@@ -26,19 +27,23 @@ from protocol.snapshot import (
     listed,
     make_staging,
     open_sealed,
-    remove,
     seal,
+    step_of,
     write_hashed,
 )
 from trainer.engine import Policy
 from trainer.inbox import Inbox
 from trainer.ranks import Ranks
+from trainer.retention import check_room, size, size_of_newest
+from trainer.universal import GROWTH, convert
 
 log = logging.getLogger(__name__)
 
 TAG = "ds"
 PATIENCE_S = 10.0
 """For a network filesystem that answers badly for a moment."""
+ALIKE = {1, 2}
+"""ZeRO stages that load each other's checkpoints. 0 keeps other files; 3 cuts up each parameter, not all in a row."""
 
 
 class State(Struct, frozen=True, kw_only=True):
@@ -58,52 +63,80 @@ class Checkpoints:
     def __init__(self, rundir: RunDir, keys: Keys, ranks: Ranks, incarnation: int, model: str) -> None:
         self._rundir, self._keys, self._ranks = rundir, keys, ranks
         self._incarnation, self._model = incarnation, model
-        self._newest: int | None = None
+        self.newest: str | None = None
+        """The id of the one that this trainer has loaded or written last."""
 
-    def save(self, policy: Policy, inbox: Inbox, keep: int) -> None:
-        """Writes checkpoint `steps_done`, once; removes the oldest beyond `keep`.
+    def save(self, policy: Policy, inbox: Inbox) -> None:
+        """Writes checkpoint `steps_done`, once.
 
         Raises StorageError on all ranks together: no room for it, or one of them could not write its part.
         """
-        if self._newest == policy.steps_done:
+        if self.newest and step_of(self.newest) == policy.steps_done:
             return
         name = checkpoint_id(policy.steps_done, self._incarnation)
         aside = Path(os.fsdecode(self._together(lambda: self._begin(name), only_first=True)))
         try:
             self._together(lambda: policy.save(aside, TAG))
             self._together(lambda: self._seal(aside, name, policy, inbox), only_first=True)
-            self._newest = policy.steps_done
+            self.newest = name
         finally:
             if self._ranks.first:
                 shutil.rmtree(aside, ignore_errors=True)
-        if self._ranks.first:
-            for path in listed(self._rundir.checkpoints)[:-keep]:
-                remove(path)
 
     def resume(self, policy: Policy) -> State | None:
-        """Loads the newest intact checkpoint; None where there is none at all. Raises NoCheckpoint, UserError."""
+        """Loads the newest intact checkpoint, of any number of ranks; None where there is none at all.
+
+        Raises NoCheckpoint, UserError, and StorageError where one of another number of ranks cannot be converted.
+        """
         sealed = self._newest_intact() if self._ranks.first else None
         found = self._share(os.fsencode(sealed.path) if sealed else None)
         if not found:
             return None
-        path = os.fsdecode(found)
+        path = Path(os.fsdecode(found))
         data = self._share(sealed.read("state.json") if sealed else None)
         state = msgspec.json.decode(data, type=State)
-        if state.world != self._ranks.world:
-            raise UserError(
-                f"checkpoint {path} was written by {state.world} ranks, this trainer has {self._ranks.world}; "
-                f"start it with --num_gpus={state.world}"
-            )
-        if state.zero_stage != policy.recipe.trainer.zero_stage:
+        stage = policy.recipe.trainer.zero_stage
+        if stage != state.zero_stage and not {stage, state.zero_stage} <= ALIKE:
             raise UserError(
                 f"checkpoint {path} was written with trainer.zero_stage = {state.zero_stage}; "
-                f"DeepSpeed cannot load it with {policy.recipe.trainer.zero_stage}"
+                f"DeepSpeed cannot load it with {stage}"
             )
         if state.model != self._model:
             raise UserError(f"checkpoint {path} holds another model than recipe.model.path; use its own recipe")
-        policy.load(Path(path), TAG)
-        self._newest = policy.steps_done
+        if stage == 0 or (state.world, state.zero_stage) == (self._ranks.world, stage):  # ZeRO 0 cuts nothing up
+            policy.load(path, TAG)
+        else:
+            self._load_converted(policy, path, state)
+        self.newest = path.name
         return state
+
+    def _load_converted(self, policy: Policy, path: Path, state: State) -> None:
+        """What was converted for this is removed again."""
+        if self._ranks.first:
+            log.info("converting checkpoint %s from %d ranks to %d", path.name, state.world, self._ranks.world)
+        aside = Path(os.fsdecode(self._together(lambda: self._convert(path, state), only_first=True)))
+        try:
+            policy.load(aside, TAG, universal=True)
+            self._ranks.max([0])  # all have read it
+        finally:
+            if self._ranks.first:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _convert(self, path: Path, state: State) -> bytes:
+        """The directory that holds the converted files."""
+        self._rundir.refuse_if_superseded(self._incarnation)
+        try:
+            check_room(self._rundir.checkpoints, f"converting {path.name}", GROWTH * size(path))
+            aside = make_staging(self._rundir.checkpoints, checkpoint_id(state.step, self._incarnation))
+            try:
+                aside.chmod(0o700)
+                convert(path / TAG, aside / TAG)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+        except StorageError as error:
+            raise StorageError(f"{error}; or start it with --num_gpus={state.world}: no conversion") from None
+        return os.fsencode(aside)
 
     def _together(self, work: Callable[[], bytes | None], only_first: bool = False) -> bytes:
         """Every rank works, or the first alone; its result on all ranks. The StorageError of one is that of all."""
@@ -122,10 +155,7 @@ class Checkpoints:
     def _begin(self, name: str) -> bytes:
         """The directory to write into, if there is room for a checkpoint of the size of the last one."""
         self._rundir.refuse_if_superseded(self._incarnation)
-        needed = max((_size(path) for path in listed(self._rundir.checkpoints)[-1:]), default=0)
-        free = shutil.disk_usage(self._rundir.checkpoints).free
-        if free < needed:
-            raise StorageError(f"no room for {name}: {needed >> 20} MiB needed, {free >> 20} free; free space")
+        check_room(self._rundir.checkpoints, name, size_of_newest(self._rundir.checkpoints))
         return os.fsencode(make_staging(self._rundir.checkpoints, name))
 
     def _seal(self, aside: Path, name: str, policy: Policy, inbox: Inbox) -> None:
@@ -166,8 +196,3 @@ class Checkpoints:
         """Rank 0's bytes on all ranks, where it has any."""
         size = self._ranks.max([len(data or b"")])[0]
         return self._ranks.broadcast(data, size) if size else b""
-
-
-def _size(checkpoint: Path) -> int:
-    """Bytes on the disk."""
-    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +62,12 @@ class Policy:
         return make_batch(groups, self.recipe, self._advantages, **place)
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
-        """The micro-batches on this rank's device; gradients are exchanged after the last one's backward."""
+        """The micro-batches on this rank's device; gradients are exchanged after the last one's backward.
+
+        Dropout is seeded for every step and rank, so that a resumed or repeated step draws what it would have drawn.
+        """
+        seeds = np.random.SeedSequence((self.recipe.seed, self.steps_done, self._ranks.rank))
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         for number, micro in enumerate(micro_batches, 1):
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             yield self._with_reference(micro.to(self._ranks.device))
@@ -139,7 +145,7 @@ class Policy:
 
         writer.save = keep_going
         try:
-            self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False, client_state=self._client_state())
+            self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False, client_state={"steps_done": self.steps_done})
         finally:
             del writer.save  # the class's own again
         if failures:
@@ -159,9 +165,6 @@ class Policy:
         self._restore_settings(own)
         for kept in self._engine.basic_optimizer.state.values():
             kept["step"] = kept["step"].clone()  # universal, ZeRO 3: one tensor, which every group would count up
-        torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def _restore_settings(self, own: list[dict]) -> None:
         """Learning rate, decay and the like are the recipe's; DeepSpeed loads those of the checkpoint over them, and
@@ -172,10 +175,6 @@ class Policy:
         self._engine.lr_scheduler.base_lrs = [settings["initial_lr"] for settings in own]
         if self.recipe.trainer.zero_stage:
             self._engine.optimizer.clip_grad = self.recipe.optimizer.max_grad_norm
-
-    def _client_state(self) -> dict:
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        return {"steps_done": self.steps_done, "rng": torch.get_rng_state(), "cuda_rng": cuda}
 
     def _gathered(self, parameter: Tensor) -> contextlib.AbstractContextManager:
         if self.recipe.trainer.zero_stage < 3:

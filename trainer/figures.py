@@ -23,7 +23,7 @@ def of_groups(groups: Sequence[Group], step: int) -> dict[str, float]:
     ended = totals[[c.finish == "stop" for c in completions]]
     figures = {
         "reward": rewards.mean(),
-        "reward_std": rewards.std(axis=1).mean(),
+        "reward_std": rewards.std(ddof=min(1, rewards.size - 1)),
         "frac_reward_zero_std": np.mean([without_signal(row) for row in rewards.tolist()]),
         "completions/mean_length": totals.mean(),
         "completions/min_length": totals.min(),

@@ -26,14 +26,13 @@ from protocol.snapshot import (
     File,
     Manifest,
     hash_file,
-    listed,
-    remove,
     seal,
     snapshot_id,
     staging,
     write_hashed,
 )
 from trainer.engine import Policy
+from trainer.retention import check_room, size_of_newest
 
 SHARD_BYTES = 2 << 30
 
@@ -62,6 +61,7 @@ class Publisher:
 
     def _write(self, identifier: str, weights: Iterator[tuple[str, Tensor]], canary: Canary, policy: Policy) -> Pulse:
         with staging(self._rundir.snapshots, identifier) as aside:
+            check_room(aside, identifier, size_of_newest(self._rundir.snapshots))
             manifest = Manifest(
                 kind="adapter" if policy.recipe.lora.rank else "full",
                 run_id=self._run_id,
@@ -76,12 +76,6 @@ class Publisher:
             sha256 = seal(aside, self._rundir.snapshots / identifier, manifest)
         self._parent = identifier
         return Pulse(snapshot=identifier, manifest_sha256=sha256)
-
-    def prune(self, keep: int, in_use: set[str]) -> None:
-        """Removes all but the newest `keep` and those that a sampler uses."""
-        for path in listed(self._rundir.snapshots)[:-keep]:
-            if path.name not in in_use:
-                remove(path)
 
     def _canary(self, policy: Policy) -> Canary:
         sequences = [torch.tensor(sequence).numpy() for sequence in self._sequences]

@@ -73,7 +73,7 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
             stream = StreamWriter(rundir.stream, incarnation, on=recipe.trainer.record)
             if ranks.first:
                 stream.abandon(policy.steps_done)
-            store = Store(rundir, publisher, checkpoints, recipe.trainer, first=ranks.first, stream=stream)
+            store = Store(rundir, publisher, checkpoints, stream, recipe.trainer, first=ranks.first)
             inbox.commit(store.publish(policy), policy.steps_done)
             if hub:
                 announce(rundir, hub, incarnation)

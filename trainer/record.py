@@ -63,6 +63,7 @@ class Record:
             "grad_norm": policy.grad_norm,
             "learning_rate": policy.learning_rate,
             "records_lost": self._writer.lost,
+            "stream_lost": self._store.lost,
             "step_time": spent,
             "time/wait_s": waited,
             "time/publish_s": stored,

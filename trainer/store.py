@@ -17,6 +17,8 @@ from trainer.checkpoint import Checkpoints
 from trainer.engine import Policy
 from trainer.inbox import Inbox
 from trainer.publish import Publisher
+from trainer.retention import tidy
+from trainer.stream import StreamWriter
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +32,21 @@ class Store:
     """first: whether this rank is the one that writes snapshots. `spent_s` adds up the time that all of it took."""
 
     def __init__(
-        self, rundir: RunDir, publisher: Publisher, checkpoints: Checkpoints, settings: TrainerTable, *, first: bool
+        self,
+        rundir: RunDir,
+        publisher: Publisher,
+        checkpoints: Checkpoints,
+        stream: StreamWriter,
+        settings: TrainerTable,
+        *,
+        first: bool,
     ) -> None:
-        self._rundir, self._publisher, self._checkpoints = rundir, publisher, checkpoints
+        self._rundir, self._publisher, self._checkpoints, self._stream = rundir, publisher, checkpoints, stream
         self._settings, self._first = settings, first
         self._pulse: Pulse | None = None
         self.unpublished = self.unsaved = 0
         """In a row."""
+        self._excess = 0
         self.spent_s = 0.0
 
     def publish(self, policy: Policy) -> Pulse:
@@ -56,15 +66,25 @@ class Store:
         self.spent_s += time.monotonic() - start
         return self._pulse
 
+    def keep(self, step: int, groups: list[Group]) -> None:
+        """The groups of a step that is done, for a replay."""
+        if self._first:
+            self._stream.keep(step, groups)
+
+    @property
+    def lost(self) -> int:
+        """Steps that a full disk kept out of the stream."""
+        return self._stream.lost
+
     def checkpoint(self, policy: Policy, inbox: Inbox, now: bool = False) -> None:
-        """Saves when one is due, or `now`; and removes snapshots that nobody needs any more.
+        """Saves when one is due, or `now`; and removes what nobody needs any more.
 
         Raises StorageError when `now`, or after MAX_UNSAVED failures in a row.
         """
         start = time.monotonic()
         if now or self.unsaved or policy.steps_done % self._settings.checkpoint_every == 0:
             try:
-                self._checkpoints.save(policy, inbox, keep=self._settings.keep_checkpoints)
+                self._checkpoints.save(policy, inbox)
                 self.unsaved = 0
             except StorageError as error:  # the same on every rank
                 self.unsaved += 1
@@ -72,8 +92,15 @@ class Store:
                     raise
                 log.error("%s: trying again after the next step", error)
         if self._first:
-            self._publisher.prune(keep=self._settings.max_staleness + 2, in_use=inbox.loaded())
+            self._tidy(inbox)
         self.spent_s += time.monotonic() - start
+
+    def _tidy(self, inbox: Inbox) -> None:
+        needed = inbox.loaded() | inbox.pinned() | ({self._checkpoints.newest} - {None})
+        excess = tidy(self._rundir, self._settings, needed)
+        if excess and not self._excess:
+            log.warning("what is needed takes %.2f GB more than trainer.keep_gb", excess / 2**30)
+        self._excess = excess
 
     def quarantine(self, policy: Policy, groups: list[Group], inbox: Inbox) -> None:
         """Keeps the groups of a step that was not finite for whoever looks into it; they are not trained.
