@@ -18,7 +18,7 @@ import msgspec
 import tomli_w
 
 from protocol.errors import UserError
-from protocol.recipe import Recipe
+from protocol.recipe import Objective, Recipe
 
 GROUPWISE = ("group", "mean", "rloo", "batch")
 """Advantages that are 0 in a group whose rewards are all equal."""
@@ -84,8 +84,18 @@ def _check_objective(recipe: Recipe) -> None:
                 "objective.name = 'sft' learns from demonstrations: set data.demonstration, sampling.group_size = 1 "
                 "and objective.kl_beta = 0"
             )
+        plain = Objective(name="sft", kl_beta=0.0)
+        useless = [name for name in plain.__struct_fields__ if getattr(objective, name) != getattr(plain, name)]
+        if useless:
+            raise UserError(f"objective.{useless[0]} has no use with objective.name = 'sft'; remove it")
     elif sampling.group_size == 1:
         raise UserError("sampling.group_size = 1 has no group to compare with; use 2 or more")
+    if objective.dual_clip and objective.name == "cispo":
+        raise UserError(
+            "objective.dual_clip has no use with objective.name = 'cispo', whose clip_high bounds all ratios"
+        )
+    if objective.correction_floor and not objective.correction.endswith("mask"):
+        raise UserError(f"objective.correction_floor has no use with objective.correction = {objective.correction!r}")
     if 0 < objective.dual_clip <= 1:
         raise UserError(f"objective.dual_clip = {objective.dual_clip} must be above 1, or 0 for none")
     if recipe.trainer.refill and (objective.name == "sft" or objective.advantage_name not in GROUPWISE):

@@ -107,6 +107,15 @@ def test_a_batch_without_any_signal_still_steps_with_a_zero_gradient(tiny):
     assert not gradient(tiny, [batch([DEAD], kl_beta=0.0)], kl_beta=0.0).any()
 
 
+def test_with_refill_only_whole_groups_without_signal_are_left_out():
+    group = make_group(3, rewards=[0.0, 1.0, 2.0], reference=True)  # the second has an advantage of 0, and a KL
+    settings = msgspec.structs.replace(recipe(), trainer=TrainerTable(refill=1.0))
+    bare = make_group(4, rewards=[1.0, 1.0, 1.0])  # beyond the cap, without reference
+    [micro] = make_batch([group, bare], settings, ADVANTAGES["group"], rank=0, world=1, step=0).micro_batches
+    assert micro.lengths.tolist() == [completion.spans[-1].end for completion in group.completions]
+    assert len(micro.ref_logprobs) == len(micro.mask)
+
+
 def test_shares_hold_the_means_of_each_objective():
     lengths, masked = np.array([1, 4, 5]), np.array([False, False, True])
     np.testing.assert_allclose(token_shares(lengths, masked, "dapo", 10), [1 / 5, 1 / 5, 0])

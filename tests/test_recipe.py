@@ -21,7 +21,7 @@ def test_every_shipped_recipe_loads_and_survives_the_way_back(path, tmp_path):
 def test_the_defaults_are_the_seed_experiment():
     recipe = load(None)
     assert recipe.model.path == "Qwen/Qwen2.5-1.5B-Instruct" and recipe.data.train.startswith("openai/gsm8k")
-    assert recipe.sampling.group_size == 8 and recipe.objective.kl_beta == 0.04 and recipe.objective.clip_low == 0.2
+    assert recipe.sampling.group_size == 8 and recipe.objective.kl_beta == 0.04 and recipe.objective.name == "dapo"
     assert [reward.options for reward in recipe.reward] == [
         {"correct": 1.0, "wrong": -1.0},
         {"correct": 1.25, "wrong": -1.0},
@@ -51,6 +51,51 @@ def test_a_mistake_is_named_with_the_way_out(override, says):
     with pytest.raises(UserError, match=says) as caught:
         load(None, [override])
     assert "\n" not in str(caught.value)
+
+
+SFT = ["objective.name=sft", "objective.kl_beta=0.0", "sampling.group_size=1", "data.demonstration={answer}"]
+RAW = ["objective.recompute_old_logprobs=true", "objective.correction=none"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["objective.name=ppo"], "Invalid enum value 'ppo'"),
+        (["objective.dual_clip=1.0"], r"objective\.dual_clip = 1\.0 must be above 1"),
+        (["objective.clip_low=1.5"], "<= 1"),
+        (["objective.correction_cap=0.9"], ">= 1"),
+        (SFT[:3], r"set data\.demonstration"),
+        ([*SFT[:2], SFT[3]], r"sampling\.group_size = 1"),
+        ([SFT[0], *SFT[2:]], r"objective\.kl_beta = 0"),
+        (["trainer.refill=1.0", "objective.advantage=reinforce++"], r"trainer\.refill .* 'reinforce\+\+'"),
+        (["trainer.refill=1.0", "objective.advantage=mine.py:best"], "set refill = 0"),
+        ([*SFT, "trainer.refill=1.0"], "set refill = 0"),
+        ([*SFT, "objective.dual_clip=3.0"], "dual_clip has no use with"),
+        ([*SFT, "objective.entropy_bonus=0.1"], "entropy_bonus has no use with"),
+        (["objective.name=cispo", "objective.dual_clip=3.0"], "dual_clip has no use with"),
+        (["objective.correction_floor=0.5"], "correction_floor has no use with"),
+        (["sampling.top_p=0.9"], r"sampling\.top_p = 0\.9 .* leave it at 1\.0"),
+        (["sampling.top_k=20", *RAW[1:]], r"objective\.recompute_old_logprobs = true"),
+        (["sampling.min_p=0.1", *RAW[:1]], r"objective\.correction = 'none'"),
+        (["sampling.repetition_penalty=1.1"], r"sampling\.repetition_penalty = 1\.1 .* leave it at 1\.0"),
+        (["eval.patience=3"], r"set eval\.every"),
+    ],
+)
+def test_an_objective_that_cannot_be_right_is_refused(overrides, says):
+    with pytest.raises(UserError, match=says) as caught:
+        load(None, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [SFT, *([*RAW, f"sampling.{name}"] for name in ("top_p=0.9", "top_k=20", "min_p=0.1", "repetition_penalty=1.1"))]
+    + [[f"objective.advantage={name}", "trainer.refill=1.0"] for name in ("group", "mean", "rloo", "batch")]
+    + [["objective.dual_clip=3.0"], ["eval.patience=3", "eval.every=10"]],
+    ids=" ".join,
+)
+def test_an_objective_that_can_be_right_is_not(overrides):
+    load(None, overrides)
 
 
 def test_an_unreadable_or_broken_file_is_named(tmp_path):

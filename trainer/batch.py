@@ -74,11 +74,10 @@ def make_batch(
     """Every rank calls this with the same groups and gets its own share of the work.
 
     Left out are completions without any effect on the loss: masked ones, and without a KL or entropy term those whose
-    advantage is exactly 0. The shares of the others still count them.
+    advantage is exactly 0; with `trainer.refill` also whole groups without signal. The shares still count them.
     """
     pieces = _samples(groups, recipe, advantages)
-    all_count = bool(recipe.objective.kl_beta or recipe.objective.entropy_bonus) and not recipe.trainer.refill
-    trained = [[sample for sample in piece if sample.share and (sample.advantage or all_count)] for piece in pieces]
+    trained = [_trained(piece, recipe) for piece in pieces]
     shares = [pack_rows(share, recipe.trainer.tokens_per_micro_batch) for share in split_evenly(trained, world)]
     rows = shares[rank] + [[]] * (max(1, *map(len, shares)) - len(shares[rank]))  # ranks must step together
     return Batch(
@@ -86,6 +85,13 @@ def make_batch(
         group_ids=[group.group_id for group in groups],
         figures={**figures.of_groups(groups, step), "train/tokens": float(sum(map(length, trained)))},
     )
+
+
+def _trained(piece: Piece, recipe: Recipe) -> Piece:
+    all_count = bool(recipe.objective.kl_beta or recipe.objective.entropy_bonus)
+    if recipe.trainer.refill:
+        all_count = all_count and any(sample.advantage for sample in piece)
+    return [sample for sample in piece if sample.share and (sample.advantage or all_count)]
 
 
 def token_shares(lengths: np.ndarray, masked: np.ndarray, objective: str, max_tokens: int) -> np.ndarray:

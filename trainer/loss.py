@@ -10,7 +10,7 @@
     cispo   sg[clip(r_t)] A log pi_t, mean over all tokens                                   (arXiv 2506.13585, eq. 4)
     sft     log pi_t, mean over all tokens
 
-Where A < 0, `dual_clip` c bounds the first two by c A (arXiv 1912.09729, eq. 5). Each is multiplied by a weight that
+Where A < 0, `dual_clip` c bounds the first four by c A (arXiv 1912.09729, eq. 5). Each is multiplied by a weight that
 corrects what lies between sampler and trainer (`correction`), then
 
     loss    = sum_t share_t (-weight_t surrogate_t + kl_beta KL_t - entropy_bonus H_t)
@@ -44,8 +44,8 @@ def objective_loss(
     mask = micro.mask
     log_mismatch = _log_ratio(logprobs.detach() - micro.sampler_logprobs, mask)
     old = logprobs.detach() if objective.recompute_old_logprobs else micro.sampler_logprobs
-    ratio, surrogate = _surrogate(logprobs, _log_ratio(logprobs - old, mask), micro, objective)
-    weight, kept = correction(log_mismatch, micro, objective)
+    ratio, held, surrogate = _surrogate(logprobs, _log_ratio(logprobs - old, mask), micro, objective)
+    weight, kept = correction(log_mismatch, held, micro, objective)
     loss = -weight * surrogate
     figures = {"log_mismatch": log_mismatch, "kept": kept, "entropy": entropies, **_clipped(ratio, micro, objective)}
     if objective.kl_beta and micro.ref_logprobs is not None:
@@ -65,37 +65,40 @@ def clip_range(objective: Objective) -> tuple[float, float]:
     return low, high
 
 
-def correction(log_mismatch: Tensor, micro: MicroBatch, objective: Objective) -> tuple[Tensor, Tensor]:
+def correction(log_mismatch: Tensor, held: Tensor, micro: MicroBatch, objective: Objective) -> tuple[Tensor, Tensor]:
     """log(trainer / sampler) [n], raw -> the weight [n] of each token's surrogate, and 1 [n] where it is not masked.
 
     rho_t = exp(log_mismatch_t). token_truncate: min(rho_t, cap) (TIS). sequence_truncate: min(prod_t rho_t, cap).
     token_mask: rho_t, or 0 outside [floor, cap] (IcePop). sequence_mask: min(rho_t, cap), or 0 for completions whose
     geometric mean of rho_t is outside: a product would leave [floor, cap] the sooner the longer a completion is.
-    With two policies the ratio holds rho_t already, so that the weight is what is left of it.
+    With two policies the surrogate is a multiple of rho_t already, clipped or averaged as the objective does it: of
+    `held` [n]. That takes the place of rho_t then, and the weight is what is left of it.
     """
     kept = torch.ones_like(log_mismatch)
     if objective.correction == "none":
         return kept, kept
     cap = math.log(objective.correction_cap)
     floor = math.log(objective.correction_floor) if objective.correction_floor else -math.inf
-    log_weight = log_mismatch.clamp(max=cap)
+    log_held = torch.zeros_like(held) if objective.recompute_old_logprobs else held.log()
+    log_rho = log_mismatch if objective.recompute_old_logprobs else log_held
+    log_weight = log_rho.clamp(max=cap)
     match objective.correction:
         case "sequence_truncate":
             log_weight = _summed(log_mismatch, micro).clamp(max=cap)
         case "token_mask":
+            log_weight = log_rho
             kept = ((log_mismatch >= floor) & (log_mismatch <= cap)).to(kept.dtype)
         case "sequence_mask":
             mean = _mean(log_mismatch, micro)
             kept = ((mean >= floor) & (mean <= cap)).to(kept.dtype)
-    if not objective.recompute_old_logprobs:
-        log_weight = log_weight - log_mismatch
-    return log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * kept, kept
+    return (log_weight - log_held).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * kept, kept
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: str) -> Tensor:
     """[n] estimates of KL(policy || reference) from the sampled tokens, 0 where masked (Schulman, "Approximating KL
     Divergence", 2020). With d = log(ref / policy): k1 = -d; k2 = d^2 / 2; k3 = exp(d) - d - 1, unbiased and never
-    negative. As a term of a loss only the gradient counts: that of k1 is 0 on average, that of k2 is right on policy.
+    negative. As a term of a loss only the gradient counts. On policy that of k1 is 0 on average, that of k2 is
+    KL(policy || reference)'s, that of k3 is KL(reference || policy)'s.
     """
     difference = _log_ratio(ref_logprobs - logprobs, mask)
     match estimator:
@@ -106,18 +109,21 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator:
     return difference.expm1() - difference
 
 
-def _surrogate(logprobs: Tensor, log_ratio: Tensor, micro: MicroBatch, objective: Objective) -> tuple[Tensor, Tensor]:
-    """-> the ratio that is clipped [n], and what is to be raised [n]."""
+def _surrogate(
+    logprobs: Tensor, log_ratio: Tensor, micro: MicroBatch, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the ratio before it is clipped, what the surrogate holds of it, the surrogate: [n] each."""
     low, high = clip_range(objective)
     ratio = (_mean(log_ratio, micro) if objective.name == "gspo" else log_ratio).exp()
     clipped = ratio.clamp(1 - low, 1 + high)
     if objective.name == "cispo":
-        return ratio, clipped.detach() * micro.advantages * torch.where(micro.mask > 0, logprobs, 0.0)
+        held = clipped.detach()
+        return ratio, held, held * micro.advantages * torch.where(micro.mask > 0, logprobs, 0.0)
     surrogate = torch.minimum(ratio * micro.advantages, clipped * micro.advantages)
     if objective.dual_clip:
         bounded = torch.maximum(surrogate, objective.dual_clip * micro.advantages)
         surrogate = torch.where(micro.advantages < 0, bounded, surrogate)
-    return ratio, surrogate
+    return ratio, ratio.detach(), surrogate
 
 
 def _clipped(ratio: Tensor, micro: MicroBatch, objective: Objective) -> Figures:
