@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from protocol.snapshot import listed
+from protocol.keys import open_keys
+from protocol.rundir import RunDir
+from protocol.snapshot import listed, remove
+from tests.test_storage import save
 from tests.tiny import make_model
 from trainer.engine import learning_rate_factor
 
@@ -114,14 +118,71 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_changes_nothing(ti
     assert [cut[0], *cut[2:]] == sound  # optimizer, schedule and ranks go on as if it had not been
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tiny, tmp_path, dtype):
-    options = [f"model.dtype={dtype}", "optimizer.schedule=cosine"]
+@pytest.mark.parametrize("options", [["model.dtype=bfloat16"], ["lora.rank=4", "lora.dropout=0.5"]])
+def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tiny, tmp_path, options):
+    """Dropout too draws what it would have drawn."""
+    options = [*options, "optimizer.schedule=cosine"]
     whole = run(tiny, tmp_path / "whole", *options, world=2, steps=4)
     run(tiny, tmp_path / "cut", *options, world=2, steps=2)
     resumed = run(tiny, tmp_path / "cut", *options, world=2, steps=4, incarnation=2)
     assert [record["step"] for record in resumed] == [3, 4]
     assert resumed == whole[2:]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "before", "after"),  # before, after: ranks and ZeRO stage
+    [("bfloat16", 4, (2, 1), (1, 1)), ("float32", 0, (2, 3), (1, 3)), ("float32", 0, (1, 2), (2, 1))],
+)
+def test_another_number_of_ranks_goes_on_where_the_run_was_cut(tiny, tmp_path, dtype, rank, before, after):
+    """Without Adam's moments the weights would be off by 3e-5 (float32) and 4e-3 (adapters)."""
+    options = [f"model.dtype={dtype}", f"lora.rank={rank}", "optimizer.schedule=cosine", "optimizer.weight_decay=0.1"]
+    whole = run(tiny, tmp_path, *options, f"trainer.zero_stage={before[1]}", world=before[0], steps=4)
+    rundir = RunDir(tmp_path / "run")
+    remove(listed(rundir.checkpoints)[-1])
+    options.append(f"trainer.zero_stage={after[1]}")
+    resumed = run(tiny, tmp_path, *options, world=after[0], steps=4, incarnation=2)
+    assert [record["step"] for record in resumed] == [3, 4]
+    close = {"weights": 1e-8, "grad_norm": 1e-6} if dtype == "float32" else {"weights": 1e-4, "grad_norm": 0.01}
+    for one, other in zip(whole[2:], resumed, strict=True):
+        assert other["learning_rate"] == one["learning_rate"]
+        for figure, tolerance in close.items():
+            assert other[figure] == pytest.approx(one[figure], rel=tolerance)
+    assert not [path for path in rundir.checkpoints.iterdir() if path.name.startswith(".")]
+
+
+def test_settings_that_were_changed_count_from_the_resumed_step_on(tiny, tmp_path):
+    run(tiny, tmp_path, steps=2)
+    changed = ["optimizer.learning_rate=1e-5", "optimizer.max_grad_norm=1e-9"]
+    before, after = run(tiny, tmp_path, *changed, steps=4, incarnation=2)
+    assert before["learning_rate"] == after["learning_rate"] == 1e-5
+    assert after["weights"] == pytest.approx(before["weights"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [(2, r"could not convert .*c00000002.*: .*; or start it with --num_gpus=1"), (3, "cannot load it with 3")],
+)
+def test_a_checkpoint_that_cannot_be_converted_is_one_clear_error(tiny, tmp_path, stage, said):
+    rundir = RunDir(tmp_path / "run")
+    rundir.make()
+    path = save(rundir, open_keys(rundir.keys).checkpoint, 2)  # sealed and signed, but nothing that DeepSpeed wrote
+    with pytest.raises(AssertionError, match=said):
+        run(tiny, tmp_path, f"trainer.zero_stage={stage}", incarnation=2)
+    assert list(rundir.checkpoints.iterdir()) == [path]
+
+
+@pytest.mark.fault("G1")
+def test_a_snapshot_is_not_begun_where_there_is_no_room_for_it(tiny, tmp_path):
+    rundir = RunDir(tmp_path / "run")
+    rundir.make()
+    huge = rundir.snapshots / "s00000001.i0001"
+    huge.mkdir()
+    (huge / "manifest.json").touch()
+    with (huge / "model.safetensors").open("wb") as file:
+        file.truncate(shutil.disk_usage(tmp_path).total + 2**30)
+    with pytest.raises(AssertionError, match=r"no room for s00000000\.i0002: \d+\.\d MiB needed, \d+\.\d free"):
+        run(tiny, tmp_path, incarnation=2)
+    assert list(rundir.snapshots.iterdir()) == [huge]
 
 
 @pytest.mark.fault("G2")

@@ -273,15 +273,15 @@ def test_a_reader_that_loses_a_race_against_removal_has_an_error_or_the_right_by
 
 @pytest.mark.fault("G10")
 def test_a_snapshot_that_a_sampler_says_it_uses_is_not_removed(tmp_path):
+    from protocol.recipe import TrainerTable
     from protocol.rundir import RunDir
-    from tests.tiny import make_tokenizer
-    from trainer.publish import Publisher
+    from trainer.retention import tidy
 
     rundir = RunDir(tmp_path)
     rundir.make()
     for step in range(5):
         publish(rundir.snapshots, f"s{step:08d}.i0001")
-    Publisher(rundir, "r", 1, make_tokenizer()).prune(keep=2, in_use={"s00000001.i0001"})
+    tidy(rundir, TrainerTable(max_staleness=0), {"s00000001.i0001"})
     assert [path.name[:9] for path in listed(rundir.snapshots)] == ["s00000001", "s00000003", "s00000004"]
 
 

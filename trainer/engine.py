@@ -145,7 +145,8 @@ class Policy:
 
         writer.save = keep_going
         try:
-            self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False, client_state={"steps_done": self.steps_done})
+            kept = {"steps_done": self.steps_done}
+            self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False, client_state=kept)
         finally:
             del writer.save  # the class's own again
         if failures:

@@ -96,7 +96,8 @@ class Store:
         self.spent_s += time.monotonic() - start
 
     def _tidy(self, inbox: Inbox) -> None:
-        needed = inbox.loaded() | inbox.pinned() | ({self._checkpoints.newest} - {None})
+        newest = self._checkpoints.newest
+        needed = inbox.loaded() | inbox.pinned() | ({newest} if newest else set())
         excess = tidy(self._rundir, self._settings, needed)
         if excess and not self._excess:
             log.warning("what is needed takes %.2f GB more than trainer.keep_gb", excess / 2**30)
