@@ -97,8 +97,8 @@ def refuse_other_base(sealed: Sealed, model: str, directory: Path) -> None:
     """Weights of one architecture do not make sense inside another."""
     if sealed.manifest.model != model_fingerprint(directory):
         raise UserError(
-            f"{sealed.manifest.id} was trained from another model than {model} (their config.json differ); name its run "
-            "with --run, or its model with --set model.path="
+            f"{sealed.manifest.id} was trained from another model than {model} (their config.json differ); name its "
+            "run with --run, or its model with --set model.path="
         )
 
 

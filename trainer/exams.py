@@ -99,7 +99,7 @@ class Exams:
 
     def _best(self) -> int:
         """The first of the results with the highest accuracy."""
-        accuracy = [summary(result)["accuracy"] for result in self._results]
+        accuracy = [result.accuracy for result in self._results]
         return accuracy.index(max(accuracy))
 
     def _is_over(self) -> bool:
