@@ -6,14 +6,20 @@ into a local Hugging Face directory. Code that a model repository carries is nev
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from policy.embedded import embedded, from_gguf
 from protocol.errors import UserError
 from protocol.recipe import Lora, Model
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -60,34 +66,77 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(directory: Path, dtype: str) -> PreTrainedModel:
-    """The causal language model on the CPU. Raises UserError for one whose log-probs would come out wrong."""
+def load_model(directory: Path, dtype: str, exact: bool = False) -> PreTrainedModel:
+    """The causal language model on the CPU. Raises UserError for one whose log-probs would come out wrong.
+
+    That is also one that transformers would complete with random weights. exact: nor may the files hold anything that
+    the model does not have.
+    """
     config = AutoConfig.from_pretrained(directory)
     strange = [name for name in UNSUPPORTED if getattr(config, name, None) not in (None, 1, 1.0)]
     strange += {*(getattr(config, "layer_types", None) or [])} - {"full_attention"}
     if strange:
         raise UserError(f"{directory}: models with {', '.join(strange)} are not supported")
-    # sdpa takes our own mask of who sees whom; other implementations take other kinds of masks.
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            directory,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",  # takes our own mask of who sees whom; others take other kinds of masks
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # listed in `found`, like all that was not loaded
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{directory} cannot be read: {str(error).splitlines()[0]}; copy or download it again"
+        ) from None
+    _refuse_if_not_whole(directory, model, found, exact)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"{directory}: models whose output layer has a bias are not supported")
     model.config.use_cache = False
     return model
 
 
-def add_adapter(model: PreTrainedModel, lora: Lora) -> None:
-    """Puts trainable low-rank adapters, in the weights' own dtype, into a model and freezes the rest of it."""
+def _refuse_if_not_whole(directory: Path, model: PreTrainedModel, found: dict, exact: bool) -> None:
+    """found: transformers' loading info, names by kind."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    problems = {
+        "lacks": found["missing_keys"],
+        "has the wrong shape of": {name for name, *_ in found["mismatched_keys"]},
+        "has, against its config.json, other values for the tied": set(tied) - set(model.all_tied_weights_keys),
+        "has the unknown": found["unexpected_keys"] if exact else set(),
+    }
+    for what, names in problems.items():
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            raise UserError(f"{directory} {what} {some} ({len(names)} tensors in all); copy or download it again")
+
+
+def adapter_settings(lora: Lora) -> "LoraConfig":
     from peft import LoraConfig
 
-    settings = LoraConfig(
+    return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
         task_type="CAUSAL_LM",
     )
-    model.add_adapter(settings)
+
+
+def add_adapter(model: PreTrainedModel, lora: Lora) -> None:
+    """Puts trainable low-rank adapters, in the weights' own dtype, into a model and freezes the rest of it."""
+    model.add_adapter(adapter_settings(lora))
     model.enable_input_require_grads()  # else checkpointed layers see no input that needs a gradient
+
+
+def copy_model_files(source: Path, target: Path, dtype: str) -> None:
+    """Everything beside the weights; config.json names the dtype that the weights now have."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in path.name:
+            shutil.copyfile(path, target / path.name)
+    config = json.loads((target / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (target / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
 
 
 def model_fingerprint(directory: Path) -> str:
