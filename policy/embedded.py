@@ -36,16 +36,19 @@ def embedded(name: str) -> Path | None:
     """The directory of the embedded model `name`, made on first use; None for any other name."""
     if name != NAME:
         return None
-    return _made_once(cache() / f"{NAME}-{SHA256[:12]}", _fetch_and_convert)
+    return made_once(cache() / f"{NAME}-{SHA256[:12]}", _fetch_and_convert)
 
 
 def from_gguf(file: Path) -> Path:
     """The directory converted from a .gguf file: on first use and after each change of the file."""
-    stat = file.stat()
-    # No hash of the content: gigabytes read at each start cost more than a conversion too many.
-    identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return _made_once(cache() / f"{file.stem}-{key}", lambda aside: _convert(file, aside))
+    return made_once(cache() / f"{file.stem}-{identity([file])}", lambda aside: _convert(file, aside))
+
+
+def identity(files: list[Path]) -> str:
+    """Changes with the files. No hash of the content: gigabytes read at each start cost more than a conversion."""
+    stats = [(path.resolve(), path.stat()) for path in files]
+    text = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def cache() -> Path:
@@ -55,7 +58,7 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vesper"
 
 
-def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
+def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     """`target`, filled by `make` under another name at first; one process makes it, others wait."""
     if target.is_dir():
         return target

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from policy.embedded import embedded, from_gguf
+from policy.embedded import cache, embedded, from_gguf, identity, made_once
+from policy.nf4 import keep_differentiable, packing, round_weights
 from protocol.errors import UserError
 from protocol.recipe import Lora, Model
 
@@ -29,7 +30,23 @@ VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "us
 
 
 def locate(model: Model) -> Path:
-    """The local directory of a model, fetched or converted on first use. Raises UserError."""
+    """The local directory of a model, fetched, converted or rounded on first use. Raises UserError."""
+    directory = _locate(model)
+    if model.quantize == "none":
+        return directory
+    key = identity(sorted(directory.glob("*.safetensors")))
+    name = f"{directory.name}-{model.quantize}-{model.dtype}-{key}"
+    return made_once(cache() / name, lambda aside: _write_rounded(directory, aside, model.dtype))
+
+
+def _write_rounded(source: Path, target: Path, dtype: str) -> None:
+    model = load_model(source, dtype)
+    round_weights(model)
+    model.save_pretrained(target)
+    copy_model_files(source, target, dtype)
+
+
+def _locate(model: Model) -> Path:
     known = embedded(model.path)
     if known:
         return known
@@ -66,11 +83,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(directory: Path, dtype: str, exact: bool = False) -> PreTrainedModel:
+def load_model(directory: Path, dtype: str, exact: bool = False, quantize: str = "none") -> PreTrainedModel:
     """The causal language model on the CPU. Raises UserError for one whose log-probs would come out wrong.
 
     That is also one that transformers would complete with random weights. exact: nor may the files hold anything that
-    the model does not have.
+    the model does not have. quantize: "nf4" packs the linear weights into four bits, on the GPU where there is one.
     """
     config = AutoConfig.from_pretrained(directory)
     strange = [name for name in UNSUPPORTED if getattr(config, name, None) not in (None, 1, 1.0)]
@@ -82,9 +99,14 @@ def load_model(directory: Path, dtype: str, exact: bool = False) -> PreTrainedMo
             directory,
             dtype=DTYPES[dtype],
             attn_implementation="sdpa",  # takes our own mask of who sees whom; others take other kinds of masks
+            quantization_config=packing(DTYPES[dtype]) if quantize == "nf4" else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # listed in `found`, like all that was not loaded
         )
+    except ImportError:
+        raise UserError(
+            "model.quantize needs bitsandbytes in the trainer's environment; pip install bitsandbytes"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{directory} cannot be read: {str(error).splitlines()[0]}; copy or download it again"
@@ -93,6 +115,7 @@ def load_model(directory: Path, dtype: str, exact: bool = False) -> PreTrainedMo
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"{directory}: models whose output layer has a bias are not supported")
     model.config.use_cache = False
+    keep_differentiable(model)
     return model
 
 
@@ -109,6 +132,17 @@ def _refuse_if_not_whole(directory: Path, model: PreTrainedModel, found: dict, e
         if names:
             some = ", ".join(sorted(names)[:3])
             raise UserError(f"{directory} {what} {some} ({len(names)} tensors in all); copy or download it again")
+
+
+def adapted(directory: Path, lora: Lora) -> list[str]:
+    """Last names of the layers that adapters go into: for `all-linear` every linear layer but the output layer."""
+    if lora.targets != "all-linear":
+        return [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    output = model.get_output_embeddings()
+    layers = [name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and one is not output]
+    return sorted({name.rpartition(".")[2] for name in layers})
 
 
 def adapter_settings(lora: Lora) -> "LoraConfig":

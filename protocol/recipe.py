@@ -34,6 +34,8 @@ class Model(Table, frozen=True):
     """Hub id, local directory, .gguf file, or `smollm2-135m-instruct` (embedded)."""
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: the trainer keeps the base of adapters in 4 bits (QLoRA, arXiv 2305.14314); samplers load its values."""
 
 
 class Lora(Table, frozen=True):

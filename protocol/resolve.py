@@ -64,6 +64,11 @@ def check(recipe: Recipe) -> None:
             "trainer.zero_stage = 0 with model.dtype = 'bfloat16' is not exact in DeepSpeed (it takes one Adam step "
             "at start); use zero_stage = 1 or dtype = 'float32'"
         )
+    if recipe.model.quantize != "none" and (not recipe.lora.rank or trainer.zero_stage == 3):
+        raise UserError(
+            f"model.quantize = {recipe.model.quantize!r} trains adapters beside a frozen base: set lora.rank, and "
+            "trainer.zero_stage below 3, which cannot divide packed weights"
+        )
     if recipe.lora.rank > 512:
         raise UserError(f"lora.rank = {recipe.lora.rank}: vLLM serves adapters up to rank 512")
     if not recipe.reward:
@@ -189,4 +194,5 @@ def fingerprint(recipe: Recipe) -> str:
     shared["eval"] = msgspec.to_builtins(recipe.eval)
     shared["reference"] = recipe.objective.kl_beta > 0 and not recipe.lora.rank
     shared["refill"], shared["sft"] = recipe.trainer.refill > 0, recipe.objective.name == "sft"
+    shared["quantize"] = recipe.model.quantize
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

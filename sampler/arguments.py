@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from policy.canary import LENGTH
+from policy.model import adapted
 from protocol.recipe import Recipe
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -36,5 +37,7 @@ def engine_arguments(recipe: Recipe, directory: Path, gpu: bool, seed: int) -> d
             "enable_lora": True,
             "max_lora_rank": next(size for size in LORA_RANKS if size >= lora.rank),
             "max_loras": 1,
+            # Else it wraps the output layer of Llama and Qwen3 too, and dies of two prompts' log-probs in one step.
+            "lora_target_modules": adapted(directory, lora),
         }
     return arguments

@@ -199,3 +199,20 @@ def test_the_next_good_snapshot_is_used_again(running):
     sampled = running.call(running.engine.generate(PROMPT, "train"))
     expected = logprobs(third, PROMPT, [one.tokens for one in sampled], temperature=0.7)
     assert max(abs(one.logprobs - other).max() for one, other in zip(sampled, expected, strict=True)) < 1e-3
+
+
+def test_adapters_of_a_llama_leave_its_output_layer_alone(tmp_path):
+    """vLLM would wrap it too, and die of the log-probs of two prompts in one step."""
+    llama = make_model(tmp_path / "llama", llama=True)
+    running = Running(tmp_path, "lora.rank=4", model=llama)
+    try:
+        prompts = canary_sequences(load_tokenizer(llama))
+
+        async def together():
+            return await asyncio.gather(*(running.engine.score(tokens) for tokens in prompts))
+
+        for tokens, found in zip(prompts, running.call(together()), strict=True):
+            expected = logprobs(llama, tokens[:1], [tokens[1:]])[0]
+            np.testing.assert_allclose(found, expected, atol=1e-3)
+    finally:
+        running.close()

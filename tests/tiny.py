@@ -4,7 +4,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -26,11 +33,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(directory: Path, seed: int = 0, tie: bool = True) -> Path:
-    """A Qwen2 model directory that transformers and vLLM load."""
+def make_model(directory: Path, seed: int = 0, tie: bool = True, llama: bool = False) -> Path:
+    """A Qwen2 or Llama model directory that transformers and vLLM load."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config_class, model_class = (LlamaConfig, LlamaForCausalLM) if llama else (Qwen2Config, Qwen2ForCausalLM)
+    config = config_class(
         vocab_size=320,
         hidden_size=64,
         intermediate_size=128,
@@ -43,7 +51,7 @@ def make_model(directory: Path, seed: int = 0, tie: bool = True) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.08,
     )
-    model = Qwen2ForCausalLM(config)
+    model = model_class(config)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

@@ -32,7 +32,7 @@ class Policy:
         self.recipe, self.directory, self._ranks = recipe, directory, ranks
         self._advantages = find(recipe.objective.advantage_name)
         torch.manual_seed(recipe.seed)
-        self.model = load_model(directory, recipe.model.dtype)
+        self.model = load_model(directory, recipe.model.dtype, quantize=recipe.model.quantize)
         if recipe.lora.rank:
             add_adapter(self.model, recipe.lora)
         if recipe.trainer.gradient_checkpointing:
@@ -146,7 +146,10 @@ class Policy:
         writer.save = keep_going
         try:
             kept = {"steps_done": self.steps_done}
-            self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False, client_state=kept)
+            # Without frozen weights: the base of adapters is where it was.
+            self._engine.save_checkpoint(
+                str(directory), tag=tag, save_latest=False, client_state=kept, exclude_frozen_parameters=True
+            )
         finally:
             del writer.save  # the class's own again
         if failures:
@@ -159,7 +162,9 @@ class Policy:
         """The caller has verified the files: DeepSpeed unpickles them. universal: `universal.convert` wrote them."""
         own = [{key: group[key] for key in group if key != "params"} for group in self._engine.optimizer.param_groups]
         self._engine._config.load_universal_checkpoint = universal
-        path, state = self._engine.load_checkpoint(str(directory), tag=tag)
+        path, state = self._engine.load_checkpoint(
+            str(directory), tag=tag, load_module_strict=not self.recipe.lora.rank
+        )
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {directory}")
         self.steps_done = state["steps_done"]
