@@ -128,7 +128,7 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
 def conclude(rundir: RunDir, recipe: Recipe, progress: Progress, seconds: float) -> int:
     """The summary: curve, model, the command that talks to it, and the one last line."""
     curve = draw_curve(rundir, recipe)
-    model = listed(rundir.snapshots)[-1]
+    model = rundir.best.resolve() if rundir.best.is_symlink() else listed(rundir.snapshots)[-1]
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     print(f"curve    {curve}\nmodel    {model}\ntalk     {python} -m launch chat {rundir.path}", flush=True)
     before, after = progress.exam(first=True), progress.exam(first=False)
@@ -139,7 +139,7 @@ def conclude(rundir: RunDir, recipe: Recipe, progress: Progress, seconds: float)
         print(f"{name:8} {exam['accuracy']:.3f} [{exam['low']:.3f}, {exam['high']:.3f}] (95 % Wilson, n={exam['n']})")
     print(
         f"{recipe.name}: held-out accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f} (n={after['n']}), "
-        f"{recipe.trainer.steps} steps, {duration(seconds)}",
+        f"{after['step']} steps, {duration(seconds)}",
         flush=True,
     )
     return 0 if after["accuracy"] > before["accuracy"] else 1

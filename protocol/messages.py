@@ -57,7 +57,7 @@ class Agreement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     vocabulary: Count
     group_size: Count
     recipe: Text
-    """Fingerprint of the tables `data`, `sampling`, `reward` and `lora`, and of the seed."""
+    """`resolve.fingerprint`: of the settings that both sides must hold alike."""
 
 
 class DataSet(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

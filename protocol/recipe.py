@@ -165,8 +165,8 @@ class Objective(Table, frozen=True):
     """Completions that were cut at `max_tokens` are not trained."""
     correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
     """Of the difference between the sampler's log-probs and the trainer's own before the step."""
-    correction_cap: Annotated[float, Meta(ge=1)] = 2.0
-    """Largest weight (truncate), or largest ratio that is trained (mask)."""
+    correction_cap: Annotated[float, Meta(ge=1)] | None = None
+    """Largest weight (truncate), or largest ratio that is trained (mask); unset: 2, for cispo 1 + clip_high."""
     correction_floor: Fraction = 0.0
     """Smallest ratio that is trained (mask)."""
     recompute_old_logprobs: bool = False
@@ -210,7 +210,7 @@ class TrainerTable(Table, frozen=True):
     keep_checkpoints: Positive = 2
     keep_gb: Rate = 0.0
     """Bytes that snapshots and checkpoints may take together, as far as none that is needed must go; 0: no limit."""
-    record: bool = True
+    keep_stream: bool = True
     """Keep the groups of every step in `stream/`, for `python -m trainer --replay`."""
     threads: NonNegative = 0
     """CPU threads per rank without a GPU; 0 divides the cores evenly."""

@@ -90,6 +90,8 @@ def _check_objective(recipe: Recipe) -> None:
                 "and objective.kl_beta = 0"
             )
         plain = Objective(name="sft", kl_beta=0.0)
+        if sampling.temperature != 1:
+            raise UserError("objective.name = 'sft' learns at temperature 1: remove sampling.temperature")
         useless = [name for name in plain.__struct_fields__ if getattr(objective, name) != getattr(plain, name)]
         if useless:
             raise UserError(f"objective.{useless[0]} has no use with objective.name = 'sft'; remove it")
@@ -101,6 +103,12 @@ def _check_objective(recipe: Recipe) -> None:
         )
     if objective.correction_floor and not objective.correction.endswith("mask"):
         raise UserError(f"objective.correction_floor has no use with objective.correction = {objective.correction!r}")
+    narrow = objective.name == "gspo" and None in (objective.clip_low, objective.clip_high)
+    if narrow and recipe.model.dtype == "bfloat16" and not objective.recompute_old_logprobs:
+        raise UserError(
+            "objective.name = 'gspo' clips at 3e-4, which is less than two engines' rounding in bfloat16: set "
+            "objective.recompute_old_logprobs = true, or objective.clip_low and clip_high (0.02 for example)"
+        )
     if 0 < objective.dual_clip <= 1:
         raise UserError(f"objective.dual_clip = {objective.dual_clip} must be above 1, or 0 for none")
     if recipe.trainer.refill and (objective.name == "sft" or objective.advantage_name not in GROUPWISE):
@@ -114,6 +122,17 @@ def _check_objective(recipe: Recipe) -> None:
             f"sampling.{filtered[0]} = {getattr(sampling, filtered[0])} samples from another policy than the one that "
             f"is trained, and its log-probs bias every importance weight; leave it at {FILTERS[filtered[0]]}, or set "
             f"objective.recompute_old_logprobs = true and objective.correction = 'none' to train without them"
+        )
+    if min(temperature for temperature in (sampling.temperature, recipe.eval.temperature or 1.0)) < 0.01:
+        raise UserError("a temperature below 0.01 is raised to 0.01 by vLLM: set at least that, for eval or 0 (greedy)")
+    if both := set(sampling.stop) & set(sampling.stop_after):
+        raise UserError(f"{min(both)!r} is in sampling.stop and in sampling.stop_after; keep one of them")
+    if "" in sampling.stop + sampling.stop_after:
+        raise UserError('sampling.stop and sampling.stop_after cannot hold "": every text contains it')
+    if recipe.eval.samples > 1 and not recipe.eval.temperature:
+        raise UserError(
+            f"eval.samples = {recipe.eval.samples} at eval.temperature = 0 are {recipe.eval.samples} times the same; "
+            "raise the temperature, or set samples = 1"
         )
     if recipe.eval.patience and not recipe.eval.every:
         raise UserError("eval.patience counts evaluations during training; set eval.every too")
@@ -191,7 +210,7 @@ def _without_none(value: object) -> object:
 def fingerprint(recipe: Recipe) -> str:
     """Of what sampler and trainer must hold to be the same; paths and sizes of either side are left out."""
     shared = {name: msgspec.to_builtins(getattr(recipe, name)) for name in ("seed", "lora", "sampling", "reward")}
-    shared["eval"] = msgspec.to_builtins(recipe.eval)
+    shared["eval"] = {name: getattr(recipe.eval, name) for name in ("temperature", "top_p", "samples", "extractors")}
     shared["reference"] = recipe.objective.kl_beta > 0 and not recipe.lora.rank
     shared["refill"], shared["sft"] = recipe.trainer.refill > 0, recipe.objective.name == "sft"
     shared["quantize"] = recipe.model.quantize

@@ -95,7 +95,7 @@ async def serve(
         def load(held: set[Work]) -> Load:
             """Twice what the engine decodes at a time: it never runs dry between two leases."""
             heartbeat.feel(engine)
-            free = max(2 * recipe.sampler.max_running, recipe.sampling.group_size) - sum(size[kind] for kind, _ in held)
+            free = max(2 * recipe.sampler.max_running, *size.values()) - sum(size[kind] for kind, _ in held)
             return Load(engine.weights.snapshot, max(0, free), engine.tokens)
 
         session = Session(recipe.network, agreement, sets, load, versions())

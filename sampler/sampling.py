@@ -24,17 +24,8 @@ log = logging.getLogger(__name__)
 
 def settings(recipe: Recipe, split: Split) -> dict:
     """Named as in vLLM's SamplingParams. Held-out prompts have a temperature and a top_p of their own and no other
-    filter. Raises UserError for settings that contradict each other."""
+    filter."""
     sampling, evaluation = recipe.sampling, recipe.eval
-    if both := set(sampling.stop) & set(sampling.stop_after):
-        raise UserError(f"{min(both)!r} is in sampling.stop and in sampling.stop_after; keep one of them")
-    if "" in sampling.stop + sampling.stop_after:
-        raise UserError('sampling.stop and sampling.stop_after cannot hold "": every text contains it')
-    if evaluation.samples > 1 and not evaluation.temperature:
-        raise UserError(
-            f"eval.samples = {evaluation.samples} at eval.temperature = 0 are {evaluation.samples} times the same; "
-            "raise the temperature, or set samples = 1"
-        )
     ends = {"max_tokens": sampling.max_tokens, "stop": sampling.stop + sampling.stop_after}
     if split == "eval":
         return {"n": evaluation.samples, "temperature": evaluation.temperature, "top_p": evaluation.top_p} | ends

@@ -67,7 +67,7 @@ def test_your_own_function_is_used_and_looked_at(tmp_path):
         "def wild(rewards):\n    return rewards / 0.0\n"
     )
     assert find(f"{file}:best")(REWARDS).tolist() == [[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]]
-    with pytest.raises(UserError, match="expected as many finite ones"):
+    with pytest.raises(UserError, match="expected the same shape"):
         find(f"{file}:short")(REWARDS)
     with np.errstate(divide="ignore", invalid="ignore"), pytest.raises(UserError, match="finite"):
         find(f"{file}:wild")(REWARDS)

@@ -15,6 +15,7 @@ from protocol.messages import (
     Pulse,
     Rejection,
     Stop,
+    Unreadable,
     Welcome,
     Who,
 )
@@ -192,7 +193,7 @@ def test_who_takes_part_in_an_exam_keeps_its_weights_and_the_others_go_on(desk):
     assert said(desk.on(b"two", beat("two"), 3.0))[0] == newer  # at once, before anybody has looked at the answers
 
 
-@pytest.mark.parametrize("how", ["goes", "stands still"])
+@pytest.mark.parametrize("how", ["goes", "stands still", "cannot read the weights"])
 def test_an_exam_goes_to_another_sampler_if_its_own_goes_or_stands_still(desk, how):
     for name in ("one", "two"):
         desk.on(name.encode(), msgspec.structs.replace(HELLO, session=name), 0.0)
@@ -201,6 +202,10 @@ def test_an_exam_goes_to_another_sampler_if_its_own_goes_or_stands_still(desk, h
     assert leases(desk.on(b"one", beat("one", want=3), 0.0))[0].split == "eval"
     if how == "goes":
         desk.on(b"one", Bye(session="one"), 1.0)
+    elif how == "cannot read the weights":  # it was started again and has none yet
+        desk.on(b"one", msgspec.structs.replace(HELLO, session="one"), 1.0)
+        desk.on(b"one", beat("one", snapshot=None), 20.0)
+        desk.on(b"one", Unreadable(session="one", snapshot=NEWEST, why="torn"), 20.0)
     else:
         for now in range(1, 1000, 20):  # it says that it is alive, and makes no progress
             desk.on(b"one", beat("one", held=[("eval", row) for row in range(3)]), float(now))

@@ -319,13 +319,20 @@ def test_a_stop_in_the_first_seconds_ends_the_trainer_and_all_that_it_started(tm
 
 
 def test_gsm8k_with_adapters_in_bfloat16(tmp_path):
-    """Real problems, LoRA, ZeRO 2, two engines: adapters reach vLLM, the base model is the reference."""
+    """Real problems, LoRA, ZeRO 2, two engines: adapters reach vLLM, the base model is the reference.
+
+    And evaluation beside training with several samples, groups without signal replaced, stop texts, another objective.
+    """
     if not GSM8K.exists():
         pytest.skip("GSM8K is not at hand (../shared/data/gsm8k/train.jsonl)")
     extra = "[lora]\nrank = 8\nalpha = 16\n"
     recipe, run = make_recipe(tmp_path, "bfloat16", str(GSM8K), extra), tmp_path / "run"
     text = recipe.read_text().replace("max_prompt_tokens = 400", "max_prompt_tokens = 900")
-    recipe.write_text(text.replace("[trainer]", "[trainer]\nzero_stage = 2"))
+    text = text.replace("[trainer]", "[trainer]\nzero_stage = 2\nrefill = 2.0")
+    text = text.replace("[eval]", "[eval]\nevery = 2\nsamples = 2").replace(
+        "[sampling]", '[sampling]\nstop_after = ["e"]'
+    )
+    recipe.write_text(text.replace("[objective]", '[objective]\nname = "grpo"\ndual_clip = 3.0'))
     samples, trains = sampler(run, recipe, "--gpus", "2"), deepspeed(run, recipe)
     assert finished(trains, run) == 0, run.with_suffix(".trainer.log").read_text()[-3000:]
     assert finished(samples, run, 60) == 0, run.with_suffix(".sampler.log").read_text()[-3000:]
@@ -334,13 +341,26 @@ def test_gsm8k_with_adapters_in_bfloat16(tmp_path):
     assert steps(run)[-1]["kl"] > 0.0
     assert all(record["sampling/sampling_logp_difference/mean"] < 0.1 for record in steps(run))
     assert (listed(run / "snapshots")[-1] / "adapter_model.safetensors").exists()
+    assert [exam["step"] for exam in exams(run)] == [0, 2, 4, 6] and {"pass@2", "maj@2"} <= exams(run)[-1].keys()
+    assert (run / "best").resolve() in listed(run / "snapshots")
+    last = steps(run)[-1]
+    assert last["groups/train/accepted"] >= 24 and last["groups/train/no_signal"] > 0
+    texts = [row["completion"] for file in (run / "rollouts").glob("*.jsonl") for row in read_metrics(file)]
+    assert any(text.endswith("e") for text in texts) and not any("e" in text[:-1] for text in texts)
+    rows = json.loads((run / "metrics" / "prompts.json").read_text())
+    assert sum(map(len, rows.values())) >= 24
 
 
 def test_the_launcher_runs_a_recipe_from_start_to_summary(tmp_path, capsys, monkeypatch):
+    """Here with demonstrations: they come in as groups of one through the same two workers, and are learned."""
     monkeypatch.setenv("VESPER_TEST", str(tmp_path))
     recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    text = recipe.read_text().replace("group_size = 4\nmax_tokens = 12", "group_size = 1\nmax_tokens = 40")
+    text = text.replace("max_prompt_tokens = 400", 'max_prompt_tokens = 400\ndemonstration = "{answer}"')
+    recipe.write_text(text.replace("kl_beta = 0.04", 'kl_beta = 0.0\nname = "sft"'))
     code = run_local(recipe, run, [], fresh=False)
     before, after = exams(run)
+    assert steps(run)[-1]["loss"] < steps(run)[0]["loss"] - 0.5  # nats a token
     out = capsys.readouterr().out.strip().splitlines()
     assert code == (0 if after["accuracy"] > before["accuracy"] else 1)
     assert out[-1].startswith("tiny: held-out accuracy ") and ", 6 steps, " in out[-1]

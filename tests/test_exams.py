@@ -123,14 +123,38 @@ def test_a_resumed_run_keeps_the_results_of_its_history_and_removes_those_of_ano
     assert last["change/difference"] == 0.25  # against the first weights, evaluated by the trainer before
 
 
-def test_a_damaged_result_and_other_prompts_are_said_and_stop_nothing(rundir, caplog):
-    run(rundir, Answers({0: 1, 2: 3}), steps=2)
+def test_what_is_damaged_of_other_prompts_or_somebodys_own_counts_for_nothing_and_stays(rundir, caplog):
+    run(rundir, Answers({0: 4, 2: 3}), steps=2)
     first = rundir.evals / f"{snapshot_id(0, 1)}.json"
     first.write_bytes(msgspec.json.encode(msgspec.json.decode(first.read_bytes()) | {"fingerprint": "another"}))
-    (rundir.evals / f"{snapshot_id(1, 1)}.json").write_text("{")
-    run(rundir, Answers({4: 2}), steps=4, start=2)
-    assert "cannot compare" in caplog.text and "damaged" in caplog.text
-    assert results(rundir)[4] == 0.5
+    for name in (f"{snapshot_id(1, 1)}.json", "mine.json", "s1.json"):
+        (rundir.evals / name).write_text("{")
+    run(rundir, Answers({4: 3}), steps=4, start=2)
+    assert "damaged" in caplog.text and (rundir.evals / "mine.json").exists() and (rundir.evals / "s1.json").exists()
+    last = read_metrics(rundir.metrics / "trainer.jsonl")[-1]
+    assert last["accuracy"] == 0.75 and "change/difference" not in last
+    assert rundir.best.resolve().name == snapshot_id(2, 1)  # the first prompts were other ones
+
+
+def test_the_best_weights_of_an_abandoned_history_are_linked_no_more(rundir):
+    run(rundir, Answers({0: 1, 2: 2, 4: 4}), "eval.every=2", steps=4)
+    assert rundir.best.resolve().name == snapshot_id(4, 1)
+    run(rundir, Answers({}), "eval.every=100", "eval.after=false", steps=3, start=3)
+    assert rundir.best.resolve().name == snapshot_id(2, 1)
+
+
+def test_a_run_whose_patience_has_ended_does_not_go_on_after_a_restart(rundir):
+    settings = ("eval.every=1", "eval.patience=2")
+    run(rundir, Answers({0: 1, 1: 3, 2: 2, 3: 3, 4: 3}), *settings)
+    answers = Answers({})
+    assert run(rundir, answers, *settings, start=4).over and not answers.asked
+
+
+def test_an_evaluation_without_answers_is_said(rundir, caplog):
+    answers = Answers({})
+    answers.end_exam = lambda wait: []
+    run(rundir, answers)
+    assert caplog.text.count("came to nothing") == 2 and not list(rundir.evals.iterdir())
 
 
 @pytest.mark.slow

@@ -74,6 +74,13 @@ RAW = ["objective.recompute_old_logprobs=true", "objective.correction=none"]
         ([*SFT, "objective.entropy_bonus=0.1"], "entropy_bonus has no use with"),
         (["objective.name=cispo", "objective.dual_clip=3.0"], "dual_clip has no use with"),
         (["objective.correction_floor=0.5"], "correction_floor has no use with"),
+        (["objective.name=gspo"], r"recompute_old_logprobs = true, or objective\.clip_low"),
+        (["objective.name=gspo", "objective.clip_low=0.02"], r"objective\.clip_low"),
+        ([*SFT, "sampling.temperature=0.7"], r"remove sampling\.temperature"),
+        (["sampling.stop=['a']", "sampling.stop_after=['a']"], r"'a' is in sampling\.stop and in"),
+        (["sampling.stop=['']"], "every text contains it"),
+        (["eval.samples=4"], "4 times the same"),
+        (["eval.temperature=0.001"], r"below 0\.01"),
         (["sampling.top_p=0.9"], r"sampling\.top_p = 0\.9 .* leave it at 1\.0"),
         (["sampling.top_k=20", *RAW[1:]], r"objective\.recompute_old_logprobs = true"),
         (["sampling.min_p=0.1", *RAW[:1]], r"objective\.correction = 'none'"),
@@ -91,7 +98,8 @@ def test_an_objective_that_cannot_be_right_is_refused(overrides, says):
     "overrides",
     [SFT, *([*RAW, f"sampling.{name}"] for name in ("top_p=0.9", "top_k=20", "min_p=0.1", "repetition_penalty=1.1"))]
     + [[f"objective.advantage={name}", "trainer.refill=1.0"] for name in ("group", "mean", "rloo", "batch")]
-    + [["objective.dual_clip=3.0"], ["eval.patience=3", "eval.every=10"]],
+    + [["objective.dual_clip=3.0"], ["eval.patience=3", "eval.every=10"], ["eval.samples=4", "eval.temperature=1.0"]]
+    + [["objective.name=gspo", one] for one in ("objective.recompute_old_logprobs=true", "model.dtype=float32")],
     ids=" ".join,
 )
 def test_an_objective_that_can_be_right_is_not(overrides):

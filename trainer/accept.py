@@ -3,7 +3,8 @@
 import numpy as np
 
 from protocol.codec import Malformed, unpack
-from protocol.messages import Completion, Group
+from protocol.messages import Completion, Group, without_signal
+from protocol.recipe import Recipe
 
 MAX_POSITIVE = 1e-3
 """Log-probs may exceed 0 by rounding only."""
@@ -27,6 +28,12 @@ def problem(group: Group, *, completions: int, max_tokens: int, vocabulary: int,
         return next((found for found in problems if found), None)
     except Malformed as error:
         return str(error)
+
+
+def has_reference(group: Group, recipe: Recipe) -> bool:
+    """Whether a sampler scores a training group under the reference. Not one that another may replace."""
+    replaced = recipe.trainer.refill > 0 and without_signal([completion.reward for completion in group.completions])
+    return recipe.objective.kl_beta > 0 and not recipe.lora.rank and not replaced
 
 
 def _in_completion(item: Completion, max_tokens: int, vocabulary: int, reference: bool) -> str | None:

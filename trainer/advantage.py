@@ -10,6 +10,7 @@ Standard deviations (std) divide by n - 1. Equal rewards give exactly 0, whateve
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def _load(name: str, path: Path, function: str) -> Advantage:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever it does is one line for its author
@@ -83,12 +85,17 @@ def _checked(function: Advantage, name: str) -> Advantage:
     """The user's function, its result looked at every time."""
 
     def advantage(rewards: np.ndarray) -> np.ndarray:
-        found = np.asarray(function(rewards.copy()), np.float64)
-        if found.shape != rewards.shape or not np.isfinite(found).all():
+        try:
+            found = np.asarray(function(rewards.copy()), np.float64)
+        except Exception as error:  # whatever it does is one line for its author
+            raise UserError(f"objective.advantage = {name!r} fails: {type(error).__name__}: {error}") from None
+        if found.shape != rewards.shape:
             raise UserError(
-                f"objective.advantage = {name!r} made {found.shape} values, finite or not, of rewards "
-                f"{rewards.shape}; expected as many finite ones, [groups, completions]"
+                f"objective.advantage = {name!r} made an array {found.shape} of rewards {rewards.shape}; expected the "
+                f"same shape, [groups, completions]"
             )
+        if not np.isfinite(found).all():
+            raise UserError(f"objective.advantage = {name!r} made values that are not finite; expected numbers")
         return found
 
     return advantage

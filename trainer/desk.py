@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 from protocol.errors import UserError
@@ -27,10 +28,9 @@ from protocol.messages import (
     Up,
     Welcome,
     Who,
-    without_signal,
 )
 from protocol.recipe import Recipe
-from trainer.accept import problem
+from trainer.accept import has_reference, problem
 from trainer.exam import Exam, Plan, open_exam
 from trainer.ledger import Ledger
 from trainer.solved import Solved
@@ -106,6 +106,8 @@ class Desk:
                 self._count("snapshots_unreadable")
                 announced = [pulse for pulse in (self.pulse, self.exam and self.exam.pulse) if pulse]
                 self.doubted = next((p for p in announced if p.snapshot == message.snapshot), self.doubted)
+                if self.exam and self.exam.pulse.snapshot == message.snapshot:
+                    self.exam.hand_over(message.session, self.samplers)
             case Bye():
                 self._lose(message.session, "said goodbye")
         return []
@@ -149,7 +151,7 @@ class Desk:
             max_staleness=trainer.max_staleness,
             lease_s=network.lease_s,
             seed=self.recipe.seed,
-            refill=int(trainer.refill * trainer.prompts_per_step),
+            refill=math.ceil(trainer.refill * trainer.prompts_per_step),
             steps=trainer.steps,
         )
         if self.pulse:
@@ -249,13 +251,12 @@ class Desk:
 
     def _problem(self, group: Group) -> str | None:
         recipe, training = self.recipe, group.split == "train"
-        flat = recipe.trainer.refill > 0 and without_signal([completion.reward for completion in group.completions])
         return problem(
             group,
             completions=self._size(group.split),
             max_tokens=recipe.sampling.max_tokens,
             vocabulary=self.agreement.vocabulary,
-            reference=training and recipe.objective.kl_beta > 0 and not recipe.lora.rank and not flat,
+            reference=training and has_reference(group, recipe),
         )
 
     def _size(self, split: Split) -> int:

@@ -59,7 +59,7 @@ class Policy:
     def batch(self, groups: list[Group]) -> Batch:
         """This rank's share of one step."""
         place = {"rank": self._ranks.rank, "world": self._ranks.world, "step": self.steps_done}
-        return make_batch(groups, self.recipe, self._advantages, **place)
+        return make_batch(groups, self.recipe, self._shared_advantages, **place)
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches on this rank's device; gradients are exchanged after the last one's backward.
@@ -181,6 +181,11 @@ class Policy:
         self._engine.lr_scheduler.base_lrs = [settings["initial_lr"] for settings in own]
         if self.recipe.trainer.zero_stage:
             self._engine.optimizer.clip_grad = self.recipe.optimizer.max_grad_norm
+
+    def _shared_advantages(self, rewards: np.ndarray) -> np.ndarray:
+        """The first rank's on all ranks: a function of the user's may draw random numbers."""
+        found = self._advantages(rewards) if self._ranks.first else rewards
+        return np.frombuffer(self._ranks.broadcast(found.tobytes(), found.nbytes)).reshape(rewards.shape)
 
     def _gathered(self, parameter: Tensor) -> contextlib.AbstractContextManager:
         if self.recipe.trainer.zero_stage < 3:

@@ -38,7 +38,7 @@ class Exam:
     examiner: str | None = None
 
     def has(self, session: str, samplers: Mapping[str, Loaded]) -> bool:
-        """Whether a sampler takes part. Where one does alone, it is one that has the weights already.
+        """Whether a sampler takes part. Where one does alone, it is chosen here: one that has the weights already.
 
         Nobody does once all rows are answered: samplers go on to newer weights before anyone has looked at the answers.
         """
@@ -50,9 +50,11 @@ class Exam:
         return not self.alone or session == self.examiner
 
     def hand_over(self, session: str, samplers: Mapping[str, Loaded]) -> None:
-        """A sampler stands still: if it is the one, the one that has moved last takes its place."""
-        if session == self.examiner:
-            self.examiner = max(samplers, key=lambda name: samplers[name].moved)
+        """A sampler stands still, or cannot read the weights: if it is the one, another takes its place, where there is
+        one: the one that has moved last."""
+        others = [name for name in samplers if name != session]
+        if session == self.examiner and others:
+            self.examiner = max(others, key=lambda name: samplers[name].moved)
 
 
 def open_exam(plan: Plan, rows: int, lease_s: float) -> Exam:

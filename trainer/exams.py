@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 from protocol.disk import names_in
@@ -18,6 +19,8 @@ from trainer.record import Record
 
 log = logging.getLogger(__name__)
 
+RESULT = re.compile(r"s\d{8,20}\.i\d{4,20}\.json")
+
 
 class Exams:
     """Every method is called by all ranks together; results are on the first. `over`: `patience` is at its end."""
@@ -26,10 +29,14 @@ class Exams:
         self, rundir: RunDir, recipe: Recipe, inbox: Inbox, record: Record, ranks: Ranks, *, step: int
     ) -> None:
         self._rundir, self._recipe, self._inbox, self._record, self._ranks = rundir, recipe, inbox, record, ranks
-        self._open = self.over = False
+        self._open = False
         self._results = _known(rundir.evals, step) if ranks.first else []
-        known = [step_of(result.snapshot) for result in self._results]
-        self._asked = {step for step in range(step + 1) if ranks.max([step in known])[0]}
+        known = {result.step for result in self._results}
+        flags = ranks.max([self._is_over(), *(number in known for number in range(step + 1))])
+        self.over = bool(flags[0])
+        self._asked = {number for number in range(step + 1) if flags[number + 1]}
+        if ranks.first:
+            self._link_best()
 
     def look(self, policy: Policy) -> None:
         """After a step: takes the answers of an exam that is over, and begins the one that is due."""
@@ -62,6 +69,8 @@ class Exams:
         groups = self._inbox.end_exam(wait)
         if groups:
             self._keep(groups)
+        elif groups is not None:
+            log.warning("an evaluation came to nothing: there are no held-out prompts, or none could be answered")
         ended, over = self._ranks.max([groups is not None, self._is_over()])
         self._open, self.over = not ended, bool(over)
 
@@ -81,51 +90,58 @@ class Exams:
         self._record.exam(result, summary(result), change)
         try:
             result.write(self._rundir.evals / f"{snapshot}.json")
-            if self._best() == len(self._results) - 1:
-                _link(self._rundir.best, self._rundir.snapshots / snapshot)
-        except (StorageError, OSError) as error:
+        except StorageError as error:
             log.error("cannot keep the evaluation of %s: %s", snapshot, error)
+        self._link_best()
 
     def _change(self, result: Evaluation) -> dict[str, float]:
-        """Against the weights before training, where those were evaluated on the same prompts in the same way."""
-        first = self._results[0]
-        if first is result or first.sampling != result.sampling:
+        """Against the weights before training, where those were evaluated in the same way."""
+        first = self._alike()[0]
+        if first is result or first.step:
             return {}
-        try:
-            return compare(first, result)
-        except UserError as error:
-            log.warning("%s", error)
-            return {}
+        return compare(first, result)
+
+    def _alike(self) -> list[Evaluation]:
+        """Results that can be compared with the last one: of the same prompts, answered in the same way."""
+        last = self._results[-1]
+        return [one for one in self._results if (one.fingerprint, one.sampling) == (last.fingerprint, last.sampling)]
 
     def _best(self) -> int:
-        """The first of the results with the highest accuracy."""
-        accuracy = [result.accuracy for result in self._results]
+        """The first of `_alike` with the highest accuracy."""
+        accuracy = [result.accuracy for result in self._alike()]
         return accuracy.index(max(accuracy))
 
     def _is_over(self) -> bool:
         patience = self._recipe.eval.patience
-        return bool(patience and self._results) and len(self._results) - 1 - self._best() >= patience
+        return bool(patience and self._results) and len(self._alike()) - 1 - self._best() >= patience
+
+    def _link_best(self) -> None:
+        """Relative, so that the run directory may move; replaced at once. No link where the weights are gone."""
+        link, aside = self._rundir.best, self._rundir.best.with_name(".best.new")
+        best = self._rundir.snapshots / self._alike()[self._best()].snapshot if self._results else None
+        try:
+            aside.unlink(missing_ok=True)
+            if best and best.is_dir():
+                aside.symlink_to(os.path.relpath(best, link.parent))
+                aside.replace(link)
+            else:
+                link.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("cannot link %s to the best weights: %s", link, error)
 
 
 def _known(directory: Path, step: int) -> list[Evaluation]:
-    """Results of this history, in order; those of later steps belong to one that was left, and are removed."""
+    """Results of this history, in order; those of later steps belong to one that was left, and are removed.
+
+    Other files are somebody's own.
+    """
     found = []
-    for name in names_in(directory):
+    for name in filter(RESULT.fullmatch, names_in(directory)):
+        if step_of(name.removesuffix(".json")) > step:
+            (directory / name).unlink()
+            continue
         try:
-            result = read(directory / name)
+            found.append(read(directory / name))
         except UserError as error:
             log.error("%s", error)
-            continue
-        if result.step is not None and result.step <= step:
-            found.append(result)
-        else:
-            (directory / name).unlink()
     return sorted(found, key=lambda result: (result.step, result.snapshot))
-
-
-def _link(link: Path, target: Path) -> None:
-    """Relative, so that the run directory may move; replaced at once."""
-    aside = link.with_name(f".{link.name}.new")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(os.path.relpath(target, link.parent))
-    aside.replace(link)

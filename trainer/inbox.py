@@ -1,7 +1,7 @@
 """Where a step's groups come from: rank 0's hub thread serves the samplers, every rank gets the same bytes.
 
-The thread owns the socket; the desk (all protocol state) is shared under one lock. The training thread only
-calls `take`, `commit`, `examine` and `state`. While rank 0 waits for samplers, all ranks meet in a small
+The thread owns the socket; the desk (all protocol state) is shared under one lock. The training thread only calls
+`take`, `commit`, `start_exam`, `end_exam` and the like. While rank 0 waits for samplers, all ranks meet in a small
 all-reduce every two seconds; that is also how a stop signal or a failure on one of them reaches all.
 """
 
@@ -87,7 +87,14 @@ class Inbox:
             self._announce()
 
     def end_exam(self, wait: bool) -> list[Group] | None:
-        """Its answers, on rank 0 alone; None where some are missing, or when asked to stop while waiting."""
+        """Its answers, on rank 0 alone; None where some are missing, or when asked to stop while waiting.
+
+        While training waits all samplers take part.
+        """
+        if wait and self._desk and self._desk.exam:
+            with self._changed:
+                self._desk.exam.alone = False
+            self._announce()
         if wait and not self._wait(lambda desk: [] if desk.exam and desk.exam.ledger.finished() else None):
             return None
         if self._desk is None:
@@ -226,7 +233,7 @@ class Inbox:
     def _say_what_is_missing(self, since: float) -> None:
         if self._desk and time.monotonic() - max(since, self._said) > SAY_S:
             self._said = time.monotonic()
-            log.info("waiting for groups from %d samplers: python -m sampler --run ...", len(self._desk.samplers))
+            log.info("waiting for answers of %d samplers: python -m sampler --run ...", len(self._desk.samplers))
 
     def _exit_code(self) -> int:
         """Of this rank's failure; 0 without one."""

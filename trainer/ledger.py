@@ -190,6 +190,7 @@ class Ledger:
             self.quarantined[group_id] = why
             self._mark_done(group_id)
         self.taken = set()
+        self.spare = self.refill
 
     def publish(self, snapshot: str) -> None:
         """From now on `snapshot` counts; those too old for any further step do not."""

@@ -30,8 +30,8 @@ def train(policy: Policy, inbox: Inbox, store: Store, exams: Exams, record: Reco
             inbox.commit(store.publish(policy), policy.steps_done)  # now, and only now, the groups are trained
             store.keep(policy.steps_done, groups)
             record.step(policy, batch, inbox)
-            exams.look(policy)
             store.checkpoint(policy, inbox)
+            exams.look(policy)
         else:  # not finite on some rank: no rank has stepped
             record.skipped(policy, batch)
             store.quarantine(policy, groups, inbox)

@@ -77,7 +77,7 @@ def correction(log_mismatch: Tensor, held: Tensor, micro: MicroBatch, objective:
     kept = torch.ones_like(log_mismatch)
     if objective.correction == "none":
         return kept, kept
-    cap = math.log(objective.correction_cap)
+    cap = math.log(objective.correction_cap or (1 + clip_range(objective)[1] if objective.name == "cispo" else 2.0))
     floor = math.log(objective.correction_floor) if objective.correction_floor else -math.inf
     log_held = torch.zeros_like(held) if objective.recompute_old_logprobs else held.log()
     log_rho = log_mismatch if objective.recompute_old_logprobs else log_held

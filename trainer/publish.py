@@ -5,7 +5,6 @@ adapters it is the adapter alone. Weights that are not finite are never written.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from policy.canary import canary_sequences
 from policy.logprobs import pack
-from policy.model import model_fingerprint
+from policy.model import copy_model_files, model_fingerprint
 from protocol.errors import Diverged
 from protocol.messages import Pulse
 from protocol.rundir import RunDir
@@ -88,7 +87,9 @@ def write_weights(aside: Path, weights: Iterator[tuple[str, Tensor]], policy: Po
     """A model directory without its manifest: shards, index, configuration and tokenizer; or an adapter."""
     if policy.recipe.lora.rank:
         return _write_adapter(aside, dict(weights), policy)
-    return _write_shards(aside, weights) | _copy_model_files(aside, policy.directory, policy.recipe.model.dtype)
+    shards = _write_shards(aside, weights)
+    copy_model_files(policy.directory, aside, policy.recipe.model.dtype)
+    return shards | {path.name: hash_file(path) for path in aside.iterdir() if "safetensors" not in path.name}
 
 
 def _write_shards(aside: Path, weights: Iterator[tuple[str, Tensor]]) -> dict[str, File]:
@@ -115,17 +116,6 @@ def _write_shards(aside: Path, weights: Iterator[tuple[str, Tensor]]) -> dict[st
         return {"model.safetensors": files[temporary[0]]}
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
     return files | {"model.safetensors.index.json": write_hashed(aside / "model.safetensors.index.json", text.encode())}
-
-
-def _copy_model_files(aside: Path, directory: Path, dtype: str) -> dict[str, File]:
-    """Everything beside the weights; config.json names the dtype that the weights now have."""
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in path.name:
-            shutil.copyfile(path, aside / path.name)
-    config = json.loads((aside / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    (aside / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
-    return {path.name: hash_file(path) for path in aside.iterdir() if "safetensors" not in path.name}
 
 
 def _write_adapter(aside: Path, weights: dict[str, Tensor], policy: Policy) -> dict[str, File]:

@@ -16,6 +16,7 @@ from policy.model import load_tokenizer, locate
 from protocol.channel import Hub
 from protocol.cli import log_to_console
 from protocol.disk import write_atomic
+from protocol.errors import StorageError
 from protocol.failure import put_aside
 from protocol.keys import open_keys
 from protocol.messages import DataSet
@@ -70,7 +71,7 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
                 sweep(rundir.snapshots, incarnation)
                 sweep(rundir.checkpoints, incarnation)
             publisher = Publisher(rundir, keys.run_id, incarnation, tokenizer)
-            stream = StreamWriter(rundir.stream, incarnation, on=recipe.trainer.record)
+            stream = StreamWriter(rundir.stream, incarnation, on=recipe.trainer.keep_stream)
             if ranks.first:
                 stream.abandon(policy.steps_done)
             store = Store(rundir, publisher, checkpoints, stream, recipe.trainer, first=ranks.first)
@@ -124,7 +125,7 @@ def restore(state: State | None, desk: Desk | None, inbox: Inbox) -> None:
     if desk and state.inbox["ledger"]:
         desk.sets = msgspec.convert(state.inbox["sets"], dict[str, DataSet])
         desk.open_ledger(desk.sets["train"].rows).restore(state.inbox["ledger"])
-        desk.solved.restore(state.inbox["solved"])
+        desk.solved.restore(state.inbox.get("solved", {}))
 
 
 def announce(rundir: RunDir, hub: Hub, incarnation: int, steps: int = 0) -> None:
@@ -139,7 +140,10 @@ def announce(rundir: RunDir, hub: Hub, incarnation: int, steps: int = 0) -> None
 def tell_solved(rundir: RunDir, rows: dict[str, list[int]]) -> None:
     """Prompts that teach nothing any more, or never did, for a better data set next time."""
     path = rundir.metrics / "prompts.json"
-    write_atomic(path, msgspec.json.encode(rows))
+    try:
+        write_atomic(path, msgspec.json.encode(rows))
+    except StorageError as error:
+        log.error("%s", error)
     counts = {name: len(found) for name, found in rows.items()}
     log.info(
         "of %d prompts %d were always solved, %d never; the rows are in %s",

@@ -24,7 +24,7 @@ from protocol.metrics import MetricsWriter
 from protocol.process import die_with_parent, on_stop_signal, watch_ancestors
 from protocol.recipe import Recipe
 from protocol.rundir import RunDir
-from trainer.accept import problem
+from trainer.accept import has_reference, problem
 from trainer.engine import Policy
 from trainer.exams import Exams
 from trainer.inbox import Inbox
@@ -131,14 +131,13 @@ class Recorded:
     def _check(self, step: int, groups: list[Group]) -> None:
         """The door that groups from samplers come through, too. Reference log-probs may be there without need."""
         recipe = self._recipe
-        needed = recipe.objective.kl_beta > 0 and not recipe.lora.rank
         for group in groups:
             wrong = problem(
                 group,
                 completions=recipe.sampling.group_size,
                 max_tokens=recipe.sampling.max_tokens,
                 vocabulary=self._vocabulary,
-                reference=needed or group.completions[0].ref_logprobs is not None,
+                reference=has_reference(group, recipe) or group.completions[0].ref_logprobs is not None,
             )
             if wrong:
                 raise UserError(

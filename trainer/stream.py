@@ -30,7 +30,7 @@ DIGEST = 32
 
 
 class StreamWriter:
-    """Used by rank 0 alone. on: `trainer.record`.
+    """Used by rank 0 alone. on: `trainer.keep_stream`.
 
     A full disk stops no run: the step is left out, counted in `lost`, and said once.
     """
@@ -88,7 +88,7 @@ def recorded(path: Path) -> dict[int, Path]:
     directory = stream_of(path)
     newest = {step: (incarnation, file) for step, incarnation, file in sorted(_files(directory))}
     if not newest:
-        raise UserError(f"no recorded steps in {directory}; a run writes them with trainer.record = true")
+        raise UserError(f"no recorded steps in {directory}; a run writes them with trainer.keep_stream = true")
     files, latest = {}, 0
     for step, (incarnation, file) in newest.items():
         latest = max(latest, incarnation)
