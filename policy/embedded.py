@@ -41,10 +41,10 @@ def embedded(name: str) -> Path | None:
 
 def from_gguf(file: Path) -> Path:
     """The directory converted from a .gguf file: on first use and after each change of the file."""
-    return made_once(cache() / f"{file.stem}-{identity([file])}", lambda aside: _convert(file, aside))
+    return made_once(cache() / f"{file.stem}-{stamp([file])}", lambda aside: _convert(file, aside))
 
 
-def identity(files: list[Path]) -> str:
+def stamp(files: list[Path]) -> str:
     """Changes with the files. No hash of the content: gigabytes read at each start cost more than a conversion."""
     stats = [(path.resolve(), path.stat()) for path in files]
     text = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from policy.embedded import cache, embedded, from_gguf, identity, made_once
+from policy.embedded import cache, embedded, from_gguf, made_once, stamp
 from policy.nf4 import keep_differentiable, packing, round_weights
 from protocol.errors import UserError
 from protocol.recipe import Lora, Model
@@ -34,7 +34,7 @@ def locate(model: Model) -> Path:
     directory = _locate(model)
     if model.quantize == "none":
         return directory
-    key = identity(sorted(directory.glob("*.safetensors")))
+    key = stamp(sorted(directory.glob("*.safetensors")))
     name = f"{directory.name}-{model.quantize}-{model.dtype}-{key}"
     return made_once(cache() / name, lambda aside: _write_rounded(directory, aside, model.dtype))
 

@@ -29,7 +29,12 @@ def settings(recipe: Recipe, split: Split) -> dict:
     ends = {"max_tokens": sampling.max_tokens, "stop": sampling.stop + sampling.stop_after}
     if split == "eval":
         return {"n": evaluation.samples, "temperature": evaluation.temperature, "top_p": evaluation.top_p} | ends
-    filters = {name: getattr(sampling, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+    filters = {
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+    }
     return {"n": sampling.group_size, "temperature": sampling.temperature} | filters | ends
 
 

@@ -39,7 +39,9 @@ def run(tmp_path) -> RunDir:
     """Full snapshots of steps 1 and 2, the first one the best."""
     rundir = RunDir(tmp_path / "run")
     rundir.make()
-    recipe = load(None, ["model.path=some/base", 'model.revision="v1"', "lora.rank=4", "eval.samples=3"])
+    recipe = load(
+        None, ["model.path=some/base", 'model.revision="v1"', "lora.rank=4", "eval.samples=3", "eval.temperature=1.0"]
+    )
     rundir.recipe.write_text(dump(recipe))
     for step in (1, 2):
         sealed(rundir.snapshots, snapshot_id(step, 1), "full", {"config.json": "{}"})
@@ -60,7 +62,7 @@ def test_a_snapshot_of_a_run_is_a_model_with_the_runs_recipe(run, name, step):
 def test_a_snapshots_path_brings_the_recipe_of_its_run_unless_another_is_given(run, tmp_path):
     path = str(run.snapshots / snapshot_id(2, 1))
     assert find(path, None, None, []).recipe.eval.samples == 3
-    (tmp_path / "other.toml").write_text("[eval]\nsamples = 5\n")
+    (tmp_path / "other.toml").write_text("[eval]\nsamples = 5\ntemperature = 1.0\n")
     assert find(path, None, tmp_path / "other.toml", []).recipe.eval.samples == 5
 
 

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parent.parent
 MAKE_SLOWLY = """
 import sys, time
 from pathlib import Path
-from policy.embedded import _made_once
+from policy.embedded import made_once
 
 def make(aside):
     (aside / "first").write_text("")
@@ -26,7 +26,7 @@ def make(aside):
     time.sleep(float(sys.argv[2]))
     (aside / "second").write_text("")
 
-print(sorted(file.name for file in _made_once(Path(sys.argv[1]), make).iterdir()))
+print(sorted(file.name for file in made_once(Path(sys.argv[1]), make).iterdir()))
 """
 
 

@@ -139,8 +139,8 @@ def test_a_stream_without_steps_or_groups_is_refused(run, tmp_path):
 
 def test_a_replay_takes_the_recorded_runs_recipe_and_leaves_that_run_alone(run, tmp_path):
     keep(run, range(1, 3))
-    rundir, recipe = resolve_replay(run.path, tmp_path / "new", None, ["objective.name=gspo"])
-    assert (rundir.path, recipe.objective.name, recipe.trainer.steps) == (tmp_path / "new", "gspo", 9)
+    rundir, recipe = resolve_replay(run.path, tmp_path / "new", None, ["objective.name=dr_grpo"])
+    assert (rundir.path, recipe.objective.name, recipe.trainer.steps) == (tmp_path / "new", "dr_grpo", 9)
     assert resolve_replay(run.stream, tmp_path / "new", None, [])[1] == recipe  # a rank: its launcher resolved it
     with pytest.raises(UserError, match="name one by --run"):
         resolve_replay(run.path, None, None, [])

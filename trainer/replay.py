@@ -3,7 +3,7 @@
     python -m trainer --replay runs/gsm8k --run runs/again
 
 With the same settings and ranks on the same machine, a replay comes to the bits of the run that was recorded. With
-others (`--set objective.name=gspo`) it compares them on the same rollouts. What it leaves in its own run directory:
+others (`--set objective.name=dr_grpo`) it compares them on the same rollouts. What it leaves in its own run directory:
 metrics/trainer.jsonl, replay.jsonl (one record a step, with a hash of the weights) and a snapshot of the last step.
 """
 
