@@ -11,8 +11,9 @@ from protocol.recipe import Objective, Recipe, TrainerTable
 from tests.groups import make_group
 from tests.tiny import make_model
 from trainer.advantage import ADVANTAGES
-from trainer.batch import _samples, length, make_batch, split_evenly, token_shares
+from trainer.batch import _samples, make_batch, token_shares
 from trainer.loss import objective_loss
+from trainer.packing import length, split_evenly
 
 GROUPS = [make_group(number, rewards=[0.0, 1.0, 0.0, 2.0], reference=True) for number in range(5)]
 DEAD = make_group(9, rewards=[1.0] * 4, reference=True)

@@ -1,4 +1,4 @@
-"""Groups -> one step's micro-batches: advantages, shares, an even split over ranks, packed rows.
+"""Groups -> one step's micro-batches: advantages, and the share of each token in the loss.
 
 The loss of a step is a sum over completion tokens, each times its `share`. The shares are known before the first
 backward pass and the same on every rank. So neither the number of ranks nor the packing changes the update.
@@ -14,28 +14,11 @@ from torch import Tensor
 
 from policy.logprobs import Packed, pack
 from protocol.codec import unpack
-from protocol.messages import Group
+from protocol.messages import Completion, Group
 from protocol.recipe import Recipe
 from trainer import figures
 from trainer.advantage import Advantage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One completion of a group. m prompt tokens, n completion tokens."""
-
-    group: int
-    prompt: np.ndarray  # [m]
-    tokens: np.ndarray  # [n]
-    logprobs: np.ndarray  # [n] float32, the sampler's
-    ref_logprobs: np.ndarray | None  # [n] float32
-    advantage: float
-    share: float
-    """Of each of its tokens in the step's loss."""
-
-
-Piece = list[Sample]
-"""Completions of one group; their prompt is computed once."""
+from trainer.packing import Piece, Sample, length, pack_rows, split_evenly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +61,8 @@ def make_batch(
     """
     pieces = _samples(groups, recipe, advantages)
     trained = [_trained(piece, recipe) for piece in pieces]
-    shares = [pack_rows(share, recipe.trainer.tokens_per_micro_batch) for share in split_evenly(trained, world)]
-    rows = shares[rank] + [[]] * (max(1, *map(len, shares)) - len(shares[rank]))  # ranks must step together
+    parts = [pack_rows(part, recipe.trainer.tokens_per_micro_batch) for part in split_evenly(trained, world)]
+    rows = parts[rank] + [[]] * (max(1, *map(len, parts)) - len(parts[rank]))  # ranks must step together
     return Batch(
         micro_batches=[_micro_batch(row) for row in rows],
         group_ids=[group.group_id for group in groups],
@@ -95,69 +78,19 @@ def _trained(piece: Piece, recipe: Recipe) -> Piece:
 
 
 def token_shares(lengths: np.ndarray, masked: np.ndarray, objective: str, max_tokens: int) -> np.ndarray:
-    """lengths [c] of all completions of a step, masked [c] those that are not trained -> [c] the share of each token.
+    """lengths of all c completions of a step, masked: those that are not trained -> the share of each token; all of
+    one shape.
 
     grpo and gspo: 1 / (c * length). dr_grpo: 1 / (c * max_tokens). Others: 1 / tokens that are trained.
     """
     match objective:
         case "grpo" | "gspo":
-            shares = 1.0 / (len(lengths) * lengths)
+            shares = 1.0 / (lengths.size * lengths)
         case "dr_grpo":
-            shares = np.full(len(lengths), 1.0 / (len(lengths) * max_tokens))
+            shares = 1.0 / (lengths.size * max_tokens)
         case _:
-            shares = np.full(len(lengths), 1.0 / max(1, lengths[~masked].sum()))
+            shares = 1.0 / max(1, lengths[~masked].sum())
     return np.where(masked, 0.0, shares)
-
-
-def length(piece: Piece) -> int:
-    """Tokens that a forward pass computes for it."""
-    return len(piece[0].prompt) + sum(len(sample.tokens) for sample in piece) if piece else 0
-
-
-def split_evenly(groups: Sequence[Piece], world: int) -> list[list[Piece]]:
-    """Longest first, each to the rank with the least work so far (Graham's LPT rule).
-
-    Groups are cut only where whole ones are too coarse for an even split: a cut costs its prompt once more.
-    """
-    limit = sum(map(length, groups)) / world / 4 if world > 1 else float("inf")
-    pieces = [piece for group in groups if group for piece in _cut(group, limit)]
-    shares: list[list[Piece]] = [[] for _ in range(world)]
-    work = [0] * world
-    for piece in sorted(pieces, key=length, reverse=True):
-        rank = work.index(min(work))
-        shares[rank].append(piece)
-        work[rank] += length(piece)
-    return [_rejoined(share) for share in shares]
-
-
-def pack_rows(pieces: Sequence[Piece], budget: int) -> list[list[Piece]]:
-    """First fit, longest first: rows of at most `budget` tokens; a single longer completion gets a row of its own."""
-    rows: list[list[Piece]] = []
-    room: list[int] = []
-    fitting = [part for piece in pieces for part in _cut(piece, budget)]
-    for piece in sorted(fitting, key=length, reverse=True):
-        place = next((i for i, left in enumerate(room) if length(piece) <= left), None)
-        if place is None:
-            rows.append([piece])
-            room.append(budget - length(piece))
-        else:
-            rows[place].append(piece)
-            room[place] -= length(piece)
-    return rows
-
-
-def _cut(piece: Piece, limit: float) -> list[Piece]:
-    """Halved until every part is within the limit or a single completion."""
-    if len(piece) == 1 or length(piece) <= limit:
-        return [piece]
-    middle = len(piece) // 2
-    return _cut(piece[:middle], limit) + _cut(piece[middle:], limit)
-
-
-def _rejoined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Pieces of one group that met again on one rank become one."""
-    samples = sorted(itertools.chain(*pieces), key=lambda sample: sample.group)
-    return [list(piece) for _, piece in itertools.groupby(samples, key=lambda sample: sample.group)]
 
 
 FILLER = Sample(
@@ -174,32 +107,27 @@ FILLER = Sample(
 
 def _samples(groups: Sequence[Group], recipe: Recipe, advantages: Advantage) -> list[Piece]:
     objective = recipe.objective
-    completions = [completion for group in groups for completion in group.completions]
-    tokens = [unpack(completion.tokens) for completion in completions]
-    masked = np.array([objective.mask_truncated and completion.finish == "length" for completion in completions])
-    shares = token_shares(np.array([*map(len, tokens)]), masked, objective.name, recipe.sampling.max_tokens)
-    rewards = np.array([[completion.reward for completion in group.completions] for group in groups], np.float64)
+    lengths = np.array([[one.spans[-1].end for one in group.completions] for group in groups])
+    cut_off = np.array([[one.finish == "length" for one in group.completions] for group in groups])
+    rewards = np.array([[one.reward for one in group.completions] for group in groups], np.float64)
+    shares = token_shares(lengths, cut_off & objective.mask_truncated, objective.name, recipe.sampling.max_tokens)
     better = np.ones_like(rewards) if objective.name == "sft" else advantages(rewards)
-    samples = [
-        Sample(
-            group=group.group_id,
-            prompt=prompt,
-            tokens=ids,
-            logprobs=unpack(completion.logprobs),
-            ref_logprobs=None if completion.ref_logprobs is None else unpack(completion.ref_logprobs),
-            advantage=float(advantage),
-            share=float(share),
-        )
-        for (group, prompt, completion), ids, advantage, share in zip(
-            [(group, unpack(group.prompt), one) for group in groups for one in group.completions],
-            tokens,
-            better.flat,
-            shares,
-            strict=True,
-        )
+    return [
+        [_sample(group, *one) for one in zip(group.completions, better[index], shares[index], strict=True)]
+        for index, group in enumerate(groups)
     ]
-    ends = itertools.accumulate(len(group.completions) for group in groups)
-    return [samples[end - len(group.completions) : end] for group, end in zip(groups, ends, strict=True)]
+
+
+def _sample(group: Group, completion: Completion, advantage: float, share: float) -> Sample:
+    return Sample(
+        group=group.group_id,
+        prompt=unpack(group.prompt),
+        tokens=unpack(completion.tokens),
+        logprobs=unpack(completion.logprobs),
+        ref_logprobs=None if completion.ref_logprobs is None else unpack(completion.ref_logprobs),
+        advantage=float(advantage),
+        share=float(share),
+    )
 
 
 def _micro_batch(row: list[Piece]) -> MicroBatch:
