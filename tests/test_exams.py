@@ -150,6 +150,14 @@ def test_a_run_whose_patience_has_ended_does_not_go_on_after_a_restart(rundir):
     assert run(rundir, answers, *settings, start=4).over and not answers.asked
 
 
+def test_a_prompt_that_could_not_be_answered_costs_the_comparison_alone(rundir, caplog):
+    answers = Answers({0: 1, 2: 3})
+    everything = answers.end_exam
+    answers.end_exam = lambda wait: everything(wait)[: 3 if answers.asked[-1][0] else 4]
+    run(rundir, answers, steps=2)
+    assert results(rundir) == {0: 0.25, 2: 1.0} and "on one side only" in caplog.text
+
+
 def test_an_evaluation_without_answers_is_said(rundir, caplog):
     answers = Answers({})
     answers.end_exam = lambda wait: []

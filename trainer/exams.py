@@ -99,7 +99,11 @@ class Exams:
         first = self._alike()[0]
         if first is result or first.step:
             return {}
-        return compare(first, result)
+        try:
+            return compare(first, result)
+        except UserError as error:  # of some prompts there is no answer
+            log.warning("%s", error)
+            return {}
 
     def _alike(self) -> list[Evaluation]:
         """Results that can be compared with the last one: of the same prompts, answered in the same way."""
