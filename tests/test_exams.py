@@ -1,18 +1,15 @@
 """Evaluation beside training: when it is due, what it leaves behind, and what ends a run early."""
 
-import json
 import os
 
 import msgspec
 import pytest
 
-from protocol.evaluation import read
 from protocol.messages import DataSet
 from protocol.metrics import MetricsWriter, read_metrics
 from protocol.resolve import load
 from protocol.rundir import RunDir
-from protocol.snapshot import listed, snapshot_id, step_of
-from tests.chaos.cluster import Cluster
+from protocol.snapshot import snapshot_id, step_of
 from tests.groups import make_group
 from trainer.exams import Exams
 from trainer.record import Record
@@ -163,23 +160,3 @@ def test_an_evaluation_without_answers_is_said(rundir, caplog):
     answers.end_exam = lambda wait: []
     run(rundir, answers)
     assert caplog.text.count("came to nothing") == 2 and not list(rundir.evals.iterdir())
-
-
-@pytest.mark.slow
-def test_real_samplers_answer_each_exam_with_one_version_while_training_goes_on(tmp_path):
-    with Cluster(tmp_path, steps=12, samplers=2, **{"eval.every": 3}) as cluster:
-        cluster.run()
-        rundir = cluster.rundir
-        found = {path.stem: read(path) for path in rundir.evals.iterdir()}
-        assert sorted(map(step_of, found)) == [0, 3, 6, 9, 12]
-        accuracy = {}
-        for name, result in found.items():
-            assert [one.row for one in result.prompts] == [0, 1, 2, 3] and result.snapshot == name
-            accuracy[name] = sum(one.correct[0] for one in result.prompts) / 4
-        assert accuracy[rundir.best.resolve().name] == max(accuracy.values())
-        assert rundir.best.resolve() in listed(rundir.snapshots)
-        rollouts = [
-            json.loads(line) for path in rundir.rollouts.glob("*.jsonl") for line in path.read_text().splitlines()
-        ]
-        answered = [one["snapshots"] for one in rollouts if one["split"] == "eval"]
-        assert len(answered) >= 20 and {name for names in answered for name in names} >= set(found)

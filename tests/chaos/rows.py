@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import sampler.weights
+from protocol.evaluation import read
 from protocol.metrics import read_metrics
-from protocol.snapshot import listed
+from protocol.snapshot import listed, step_of
 from tests.chaos import toy
 from tests.chaos.cluster import Cluster, Violation
 from tests.chaos.nemesis import DEAD_S
@@ -615,4 +616,22 @@ def asked_twice_to_stop(place: Path, tmpfs: bool) -> None:
         )
         cluster.run(lambda: (first(), again()))
         assert ("trainer", -signal.SIGTERM) in cluster.exits
+        check(cluster)
+
+
+# -- and, without a fault, what runs beside training ------------------------------------------------------------------
+
+
+@row("evaluation")
+def each_exam_is_answered_with_one_version_while_training_goes_on(place: Path, tmpfs: bool) -> None:
+    with Cluster(place, steps=12, samplers=2, **{"eval.every": 3}) as cluster:
+        cluster.run()
+        rundir = cluster.rundir
+        found = {path.stem: read(path) for path in rundir.evals.iterdir()}
+        assert sorted(map(step_of, found)) == [0, 3, 6, 9, 12]
+        for name, result in found.items():
+            assert [one.row for one in result.prompts] == [0, 1, 2, 3] and result.snapshot == name
+        best = rundir.best.resolve()
+        assert found[best.name].accuracy == max(result.accuracy for result in found.values())
+        assert best in listed(rundir.snapshots)
         check(cluster)

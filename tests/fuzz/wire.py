@@ -204,7 +204,7 @@ def up(move: int, choices: Choices, desk: Desk) -> Up:
 
 
 def group(choices: Choices, desk: Desk, session: str, split: str, group_id: int) -> Group:
-    ledger = desk.exam.ledger if split == "eval" else desk.train
+    ledger = desk._ledgers().get(split)
     known = ledger is not None and 0 <= group_id < 100
     row = ledger.row(group_id) if known and ledger and not choices.seldom() else choices.below(20)
     count = choices.below(4) if choices.seldom() else 1 if split == "eval" else 2
