@@ -6,6 +6,7 @@ from pathlib import Path
 from protocol.errors import UserError
 from protocol.recipe import Recipe
 from protocol.resolve import load
+from protocol.rundir import RunDir
 from protocol.snapshot import listed
 
 
@@ -53,12 +54,13 @@ def ask() -> str:
 
 
 def find(path: Path) -> tuple[Path, Recipe | None]:
-    """The newest snapshot of a run with its recipe, or a model directory. Raises UserError."""
+    """The best snapshot of a run, without one the newest, with its recipe, or a model directory. Raises UserError."""
     if (path / "recipe.toml").exists():
         snapshots = listed(path / "snapshots")
         if not snapshots:
             raise UserError(f"{path} has no snapshot yet; has its trainer started?")
-        return snapshots[-1], load(path / "recipe.toml")
+        best = RunDir(path).best
+        return best.resolve() if best.is_dir() else snapshots[-1], load(path / "recipe.toml")
     if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
         raise UserError(f"{path} is neither a run directory nor a model directory")
     kept = path.resolve().parent.parent / "recipe.toml"

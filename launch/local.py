@@ -128,7 +128,7 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
 def conclude(rundir: RunDir, recipe: Recipe, progress: Progress, seconds: float) -> int:
     """The summary: curve, model, the command that talks to it, and the one last line."""
     curve = draw_curve(rundir, recipe)
-    model = rundir.best.resolve() if rundir.best.is_symlink() else listed(rundir.snapshots)[-1]
+    model = rundir.best.resolve() if rundir.best.is_dir() else listed(rundir.snapshots)[-1]
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     print(f"curve    {curve}\nmodel    {model}\ntalk     {python} -m launch chat {rundir.path}", flush=True)
     before, after = progress.exam(first=True), progress.exam(first=False)

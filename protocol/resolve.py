@@ -124,7 +124,9 @@ def _check_objective(recipe: Recipe) -> None:
             f"objective.recompute_old_logprobs = true and objective.correction = 'none' to train without them"
         )
     if min(temperature for temperature in (sampling.temperature, recipe.eval.temperature or 1.0)) < 0.01:
-        raise UserError("a temperature below 0.01 is raised to 0.01 by vLLM: set at least that, for eval or 0 (greedy)")
+        raise UserError(
+            "vLLM raises temperatures below 0.01 to 0.01; set 0.01 or more, or eval.temperature = 0 (greedy)"
+        )
     if both := set(sampling.stop) & set(sampling.stop_after):
         raise UserError(f"{min(both)!r} is in sampling.stop and in sampling.stop_after; keep one of them")
     if "" in sampling.stop + sampling.stop_after:

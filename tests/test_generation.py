@@ -274,7 +274,7 @@ def test_filters_of_training_do_not_reach_held_out_prompts():
         ),
         (["sampling.stop=['']"], "every text contains it"),
         (["eval.samples=4"], "4 times the same"),
-        (["sampling.temperature=0.001"], "a temperature below 0.01"),
+        (["sampling.temperature=0.001"], "vLLM raises temperatures below 0.01"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_refused_before_the_model_loads(tiny, override, complaint):

@@ -80,7 +80,7 @@ RAW = ["objective.recompute_old_logprobs=true", "objective.correction=none"]
         (["sampling.stop=['a']", "sampling.stop_after=['a']"], r"'a' is in sampling\.stop and in"),
         (["sampling.stop=['']"], "every text contains it"),
         (["eval.samples=4"], "4 times the same"),
-        (["eval.temperature=0.001"], r"below 0\.01"),
+        (["eval.temperature=0.001"], r"below 0\.01 to 0\.01"),
         (["sampling.top_p=0.9"], r"sampling\.top_p = 0\.9 .* leave it at 1\.0"),
         (["sampling.top_k=20", *RAW[1:]], r"objective\.recompute_old_logprobs = true"),
         (["sampling.min_p=0.1", *RAW[:1]], r"objective\.correction = 'none'"),

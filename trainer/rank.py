@@ -46,12 +46,7 @@ ORPHAN_S = 120.0
 
 def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Policy) -> int:
     """The whole life of one rank. 0 when the run is complete, or was asked to stop and has saved."""
-    log_to_console(f"trainer.{os.environ['RANK']}")
-    stop = threading.Event()
-    on_stop_signal(stop.set)
-    die_with_parent()
-    watch_ancestors(2, lambda: orphaned(stop))
-    rundir.make()
+    stop = begin("trainer", rundir)
     keys, directory = open_keys(rundir.keys), locate(recipe.model)
     with Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
         # Bind before claiming the incarnation: a second trainer on this port must not fence the first one.
@@ -92,6 +87,18 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
                 raise inbox.broken
     log.info("%s after %d steps", "complete" if complete else "stopped, resumable", policy.steps_done)
     return 0
+
+
+def begin(name: str, rundir: RunDir) -> threading.Event:
+    """What the process of any rank needs: a log, a run directory, an end with its launcher, and the event that a stop
+    signal sets."""
+    log_to_console(f"{name}.{os.environ['RANK']}")
+    stop = threading.Event()
+    on_stop_signal(stop.set)
+    die_with_parent()
+    watch_ancestors(2, lambda: orphaned(stop))
+    rundir.make()
+    return stop
 
 
 def orphaned(stop: threading.Event) -> None:

@@ -8,20 +8,17 @@ metrics/trainer.jsonl, replay.jsonl (one record a step, with a hash of the weigh
 """
 
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 from policy.model import load_tokenizer, locate, vocabulary_size
-from protocol.cli import log_to_console
 from protocol.codec import decode_groups, encode_groups
 from protocol.errors import RunError, UserError
 from protocol.keys import open_keys
 from protocol.messages import Group, Pulse
 from protocol.metrics import MetricsWriter
-from protocol.process import die_with_parent, on_stop_signal, watch_ancestors
 from protocol.recipe import Recipe
 from protocol.rundir import RunDir
 from trainer.accept import has_reference, problem
@@ -31,7 +28,7 @@ from trainer.inbox import Inbox
 from trainer.journal import Journal
 from trainer.loop import train
 from trainer.publish import Publisher
-from trainer.rank import orphaned
+from trainer.rank import begin
 from trainer.ranks import Ranks
 from trainer.record import Record
 from trainer.store import Store
@@ -42,12 +39,7 @@ log = logging.getLogger(__name__)
 
 def replay(rundir: RunDir, recipe: Recipe, stream: Path) -> int:
     """The whole life of one rank of a replay. 0 when every recorded step, or `trainer.steps` of them, is repeated."""
-    log_to_console(f"replay.{os.environ['RANK']}")
-    stop = threading.Event()
-    on_stop_signal(stop.set)
-    die_with_parent()
-    watch_ancestors(2, lambda: orphaned(stop))
-    rundir.make()
+    stop = begin("replay", rundir)
     directory = locate(recipe.model)
     with Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
         policy = Policy(recipe, directory, ranks)
