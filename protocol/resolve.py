@@ -123,7 +123,7 @@ def _check_objective(recipe: Recipe) -> None:
             f"is trained, and its log-probs bias every importance weight; leave it at {FILTERS[filtered[0]]}, or set "
             f"objective.recompute_old_logprobs = true and objective.correction = 'none' to train without them"
         )
-    if min(temperature for temperature in (sampling.temperature, recipe.eval.temperature or 1.0)) < 0.01:
+    if min(sampling.temperature, recipe.eval.temperature or 1.0) < 0.01:
         raise UserError(
             "vLLM raises temperatures below 0.01 to 0.01; set 0.01 or more, or eval.temperature = 0 (greedy)"
         )
