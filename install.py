@@ -25,7 +25,7 @@ IMPORTS = {
     "transformers": "import torch; from transformers import AutoModelForCausalLM, LlamaForCausalLM",
     "vLLM": "from vllm import LLM",
     "DeepSpeed": "import deepspeed",
-    "this project": "import protocol, policy, sampler, trainer, launch",
+    "this project": "import protocol, policy, sampler, doctor, trainer, launch",
 }
 TORCH_FACTS = "import torch; print(torch.__version__, torch.version.cuda)"
 

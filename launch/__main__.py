@@ -1,20 +1,59 @@
-"""Starts a whole run on this machine, or talks to what came of one.
+"""Starts a whole run on this machine; plans one, watches one, explains one, talks to what came of one.
 
 python -m launch recipes/demo.toml
-python -m launch chat runs/demo
+python -m launch watch runs/demo
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from protocol.cli import exit_with
 
+COMMANDS = {
+    "plan": "what a recipe needs, before anything loads: memory, disk, lengths, versions",
+    "probe": "the sampler alone for two minutes: pass rate, truncation, lengths, speed, what will come of it",
+    "watch": "a live screen about a run, read from its files",
+    "doctor": "what is wrong with a run, with evidence and the setting to change",
+    "report": "one HTML page about one run or several",
+    "chat": "talks to the newest weights of a run, or to a model",
+    "reward": "tries a reward function before it is trained on; re-scores a run with another",
+    "data": "looks at a data set as the sampler will: lengths, missing answers, the rendered prompt",
+}
+
+
+def command(name: str) -> Callable[[list[str]], int]:
+    """Imported only when it is asked for, so that `--help` is quick."""
+    match name:
+        case "plan":
+            from launch.plan import main
+        case "probe":
+            from launch.probe import main
+        case "watch":
+            from launch.watch import main
+        case "doctor":
+            from launch.doctor import main
+        case "report":
+            from launch.report import main
+        case "chat":
+            from launch.chat import main
+        case "reward":
+            from launch.reward import main
+        case _:
+            from launch.data import main
+    return main
+
 
 def main() -> int:
-    if sys.argv[1:2] == ["chat"]:
-        return chat(sys.argv[2:])
-    flags = argparse.ArgumentParser("launch", description="Runs a recipe on this machine and shows its progress.")
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return command(sys.argv[1])(sys.argv[2:])
+    flags = argparse.ArgumentParser(
+        "launch",
+        description="Runs a recipe on this machine and shows its progress.",
+        epilog=usage(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     flags.add_argument("--run", type=Path, help="run directory (default: runs/NAME, NAME from the recipe)")
     flags.add_argument("--set", dest="overrides", action="append", default=[], metavar="TABLE.KEY=VALUE")
     flags.add_argument("file", type=Path, metavar="RECIPE", help="a file in recipes/, or one of yours")
@@ -25,14 +64,9 @@ def main() -> int:
     return run_local(options.file, options.run, options.overrides, options.fresh)
 
 
-def chat(arguments: list[str]) -> int:
-    flags = argparse.ArgumentParser("launch chat", description="Talks to the newest weights of a run, or to a model.")
-    flags.add_argument("model", type=Path, help="run directory, snapshot or model directory")
-    flags.add_argument("question", nargs="?", help="one question; without it, a conversation")
-    options = flags.parse_args(arguments)
-    from launch.chat import talk
-
-    return talk(options.model, options.question)
+def usage() -> str:
+    lines = [f"  python -m launch {name:7} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["other commands, each with a --help of its own:", *lines])
 
 
 if __name__ == "__main__":

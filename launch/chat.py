@@ -1,5 +1,6 @@
 """Talks to a trained model with transformers, in the form in which it was trained."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -8,6 +9,14 @@ from protocol.recipe import Recipe
 from protocol.resolve import load
 from protocol.rundir import RunDir
 from protocol.snapshot import listed
+
+
+def main(arguments: list[str]) -> int:
+    flags = argparse.ArgumentParser("launch chat", description="Talks to the newest weights of a run, or to a model.")
+    flags.add_argument("model", type=Path, help="run directory, snapshot or model directory")
+    flags.add_argument("question", nargs="?", help="one question; without it, a conversation")
+    options = flags.parse_args(arguments)
+    return talk(options.model, options.question)
 
 
 def talk(path: Path, question: str | None) -> int:

@@ -3,7 +3,9 @@
 import json
 import logging
 import math
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -64,6 +66,28 @@ def read_metrics(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+class Tail:
+    """Follows a file of records while it grows, or finds it complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._offset = path, 0
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """(offset, line) of each complete line since the last call; from the start again if the file was replaced."""
+        try:
+            with self.path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:
+                    self._offset = 0
+                file.seek(self._offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        return
+                    at, self._offset = self._offset, self._offset + len(line)
+                    yield at, line
+        except FileNotFoundError:
+            return
 
 
 def _finite(value: object) -> object:

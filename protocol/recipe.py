@@ -233,6 +233,15 @@ class Network(Table, frozen=True):
     """A sampler without a trainer ends itself after this."""
 
 
+class Tracking(Table, frozen=True):
+    """Where the record is mirrored to. The JSONL files in the run directory are the record; a mirror that fails later
+    stops no run."""
+
+    mirrors: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """W&B runs offline unless you are logged in."""
+    project: str = "vesper"
+
+
 class Recipe(Table, frozen=True):
     name: str = "gsm8k"
     seed: NonNegative = 42
@@ -247,3 +256,4 @@ class Recipe(Table, frozen=True):
     optimizer: Optimizer = Optimizer()
     trainer: TrainerTable = TrainerTable()
     network: Network = Network()
+    tracking: Tracking = Tracking()

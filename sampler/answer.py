@@ -3,12 +3,14 @@
 import time
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 
 from protocol.codec import pack, token_array
 from protocol.messages import MAX_WHY, Completion, Failure, Group, Span, Split, without_signal
 from protocol.metrics import MetricsWriter
 from protocol.recipe import Recipe
+from protocol.rollout import Rollout
 from sampler.engine import Engine, Sampled
 from sampler.prompts import Prompt
 from sampler.reference import Reference
@@ -109,21 +111,23 @@ class Answerer:
     def _write(self, group: Group, prompt: Prompt, sampled: list[Sampled]) -> None:
         """Every rollout is on disk, readable."""
         for one, completion in zip(sampled, group.completions, strict=True):
-            self._rollouts.write(
-                {
-                    "split": group.split,
-                    "group": group.group_id,
-                    "row": group.row,
-                    "prompt": prompt.messages,
-                    "completion": one.text,
-                    "reward": completion.reward,
-                    "rewards": completion.rewards,
-                    "finish": one.finish,
-                    "tokens": len(one.tokens),
-                    "snapshots": [span.snapshot for span in one.spans],
-                    "seconds": round(group.seconds, 3),
-                }
+            rollout = Rollout(
+                split=group.split,
+                group=group.group_id,
+                row=group.row,
+                prompt=prompt.messages,
+                completion=one.text,
+                reward=completion.reward,
+                rewards=completion.rewards,
+                finish=completion.finish,
+                tokens=len(one.tokens),
+                specials=one.specials,
+                gold=gold_of(prompt.columns),
+                answers=completion.answers or extracted(one.text, self._recipe.eval.extractors),
+                snapshots=[span.snapshot for span in one.spans],
+                seconds=round(group.seconds, 3),
             )
+            self._rollouts.write(msgspec.to_builtins(rollout))
 
 
 def gold_of(columns: dict) -> str | None:

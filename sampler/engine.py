@@ -9,6 +9,7 @@ import asyncio
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Sampled:
     text: str  # without special tokens and `sampling.stop`
     finish: str  # stop | length
     spans: list[Span]
+    specials: int = 0  # special tokens before the last token
 
 
 class Engine:
@@ -53,7 +55,8 @@ class Engine:
     def __init__(self, recipe: Recipe, directory: Path, snapshots: Path, *, gpu: bool, seed: int) -> None:
         """Raises UserError for settings that vLLM or the model cannot follow."""
         self._recipe, self._directory, self._gpu, self._seed = recipe, directory, gpu, seed
-        ends = end_tokens(recipe, directory, load_tokenizer(directory))
+        tokenizer = load_tokenizer(directory)
+        ends, self._specials = end_tokens(recipe, directory, tokenizer), tokenizer.all_special_ids
         self._parameters: dict[Split, SamplingParams] = {
             split: sampling_parameters(settings(recipe, split), ends) for split in ("train", "eval")
         }
@@ -61,6 +64,8 @@ class Engine:
         self.tokens = 0
         self.running = 0
         """Requests that vLLM has not answered yet."""
+        self._busy_s = 0.0
+        self._busy_since = 0.0
         self._applied: str | None = None
         """Weights that the engine computes with; its prefix cache is kept apart by them."""
         self._adapter: LoRARequest | None = None
@@ -77,6 +82,11 @@ class Engine:
         await asyncio.to_thread(self._llm.shutdown)
 
     @property
+    def busy_s(self) -> float:
+        """Seconds in which vLLM had something to do."""
+        return self._busy_s + (time.monotonic() - self._busy_since if self.running else 0.0)
+
+    @property
     def dead(self) -> bool:
         """vLLM's process is gone. Requests then fail, but calls into its workers never come back."""
         return self._llm.errored
@@ -88,7 +98,7 @@ class Engine:
         """
         outputs = await self._request(prompt.tolist(), self._parameters[split])
         await self.weights.checked()
-        return [_sampled(output, self._recipe.sampling.stop_after) for output in outputs.outputs]
+        return [_sampled(output, self._recipe.sampling.stop_after, self._specials) for output in outputs.outputs]
 
     async def read(self, sealed: Sealed, sha256: str) -> Apply:
         """Hands a verified snapshot to the worker; what is left is to be done while the engine is paused."""
@@ -123,6 +133,7 @@ class Engine:
     # -- inside --------------------------------------------------------------------------------------------------
 
     async def _request(self, tokens: list[int], parameters: SamplingParams):
+        self._busy_since = self._busy_since if self.running else time.monotonic()
         self.running += 1
         try:
             last = None
@@ -137,6 +148,7 @@ class Engine:
             raise EngineDead(f"vLLM died: {error}; its own message is above") from error
         finally:
             self.running -= 1
+            self._busy_s += 0.0 if self.running else time.monotonic() - self._busy_since
         return last
 
     async def _call(self, method: str, arguments: tuple[str, ...] = ()) -> list:
@@ -188,7 +200,7 @@ def sampling_parameters(settings: dict, ends: list[int]) -> SamplingParams:
     return parameters
 
 
-def _sampled(output: CompletionOutput, stop_after: Sequence[str]) -> Sampled:
+def _sampled(output: CompletionOutput, stop_after: Sequence[str], specials: Sequence[int]) -> Sampled:
     """vLLM's text ends before the text that ended it, which may begin in the middle of a token."""
     tokens = np.asarray(output.token_ids, np.int64)
     logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
@@ -199,4 +211,5 @@ def _sampled(output: CompletionOutput, stop_after: Sequence[str]) -> Sampled:
         text=output.text + (output.stop_reason if output.stop_reason in stop_after else ""),
         finish=output.finish_reason,
         spans=spans,
+        specials=int(np.isin(tokens[:-1], specials).sum()),
     )

@@ -15,6 +15,7 @@ from policy.model import load_tokenizer, locate
 from protocol.cli import log_to_console
 from protocol.errors import EngineDead, RunError
 from protocol.keys import Keys, open_keys
+from protocol.memory import tree_gb
 from protocol.messages import Agreement, DataSet, Split
 from protocol.metrics import MetricsWriter
 from protocol.process import STOP_SIGNALS, die_with_parent
@@ -146,10 +147,18 @@ async def report(
 
 
 def figures(rollouts: MetricsWriter, engine: Engine, rewards: RewardPool, answerer: Answerer) -> dict[str, object]:
-    """Counted since the start: tokens, groups, and what became of each reward function's calls."""
+    """Counted since the start: tokens, seconds at work, groups, what became of each reward function's calls."""
     weights = engine.weights
-    figures = {"tokens": engine.tokens, "snapshot": weights.snapshot, "snapshots_unreadable": weights.unreadable}
-    return figures | {"records_lost": rollouts.lost} | answerer.counts | rewards.counters()
+    return {
+        "tokens": engine.tokens,
+        "busy_s": round(engine.busy_s, 3),
+        "memory/tree_gb": round(tree_gb(), 3),
+        "snapshot": weights.snapshot,
+        "snapshots_unreadable": weights.unreadable,
+        "records_lost": rollouts.lost,
+        **answerer.counts,
+        **rewards.counters(),
+    }
 
 
 def first_cause(group: BaseExceptionGroup) -> BaseException:

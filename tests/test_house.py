@@ -12,8 +12,9 @@ ROOMS = {
     "protocol": set(),
     "policy": {"protocol"},
     "sampler": {"protocol", "policy"},
-    "trainer": {"protocol", "policy"},
-    "launch": {"protocol", "policy", "sampler", "trainer"},
+    "doctor": {"protocol"},
+    "trainer": {"protocol", "policy", "doctor"},
+    "launch": {"protocol", "policy", "sampler", "doctor", "trainer"},
 }
 HEAVY = {"torch", "vllm", "deepspeed", "transformers"}
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}

@@ -105,6 +105,11 @@ class Policy:
     def learning_rate(self) -> float:
         return self._engine.get_lr()[0]
 
+    @property
+    def device_peak_gb(self) -> float:
+        """The most GPU memory that this rank's tensors have had, in GiB; 0 without a GPU."""
+        return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+
     @torch.no_grad()
     def score(self, packed: Packed, temperature: float) -> Tensor:
         """Log-probs [n] under the current weights, without a gradient."""

@@ -9,6 +9,7 @@ import time
 import numpy as np
 
 from protocol.evaluation import Evaluation
+from protocol.memory import peak_gb
 from protocol.metrics import MetricsWriter
 from trainer import figures
 from trainer.batch import Batch
@@ -64,6 +65,8 @@ class Record:
             "learning_rate": policy.learning_rate,
             "records_lost": self._writer.lost,
             "stream_lost": self._store.lost,
+            "memory/peak_gb": peak_gb(),
+            "memory/device_peak_gb": policy.device_peak_gb,
             "step_time": spent,
             "time/wait_s": waited,
             "time/publish_s": stored,

@@ -34,7 +34,7 @@ class ToyPolicy:
     """`trainer.engine.Policy` with a vector for a model; every rank holds all of it."""
 
     learning_rate = 1.0
-    grad_norm = 0.0
+    grad_norm = device_peak_gb = 0.0
     spoilt: frozenset[int] = frozenset()
     """Groups that make a step not finite."""
 
@@ -97,6 +97,7 @@ class ToyEngine:
     """`sampler.engine.Engine` without vLLM: reading, verifying and switching weights are the real ones."""
 
     dead = False
+    busy_s = 0.0
 
     def __init__(self, recipe: Recipe, directory: Path, snapshots: Path, *, gpu: bool, seed: int) -> None:
         self._recipe = recipe

@@ -1,0 +1,22 @@
+"""What can be seen in a completion's text without a model."""
+
+import re
+
+GRAM = 5
+"""Words in a row that, said again, count as repetition."""
+MARK = re.compile(r"####[^\n<#]{1,200}|\\boxed\s?\{[^{}]{1,200}\}|<answer>[^<>]{1,200}</answer>")
+
+
+def repetition(text: str) -> float:
+    """Share of 5-grams of words that came before, in [0, 1]; 0 for fewer than 10 words."""
+    words = text.split()
+    if len(words) < 2 * GRAM:
+        return 0.0
+    grams = [tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams)
+
+
+def tail_after_answer(text: str) -> int:
+    """Characters behind the first answer mark (`#### 5`, `\\boxed{5}`, `<answer>5</answer>`); 0 without one."""
+    found = MARK.search(text)
+    return len(text[found.end() :].strip()) if found else 0
