@@ -61,6 +61,7 @@ def test_a_demonstration_is_answered_without_the_engine_and_rewarded_like_a_comp
     assert one.answers == {} and group.gold is None
     written = json.loads((tmp_path / "rollouts.jsonl").read_text())
     assert written["completion"] == "<think>48/2 = 24</think><answer>24</answer>"
+    assert (written["gold"], written["answers"], written["specials"]) == ("24", {"marks": "24", "last": "24"}, 0)
 
 
 @pytest.mark.parametrize(
