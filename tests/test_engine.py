@@ -4,6 +4,7 @@ import asyncio
 import functools
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,21 @@ def test_sampled_logprobs_are_the_trainers_at_the_sampling_temperature(running):
     gaps = np.concatenate([abs(one.logprobs - other) for one, other in zip(sampled, expected, strict=True)])
     assert gaps.mean() < 1e-5 and gaps.max() < 1e-3
     assert {one.finish for one in sampled} <= {"stop", "length"} and all(len(one.tokens) for one in sampled)
+    specials = load_tokenizer(running.model).all_special_ids
+    assert [one.specials for one in sampled] == [sum(t in specials for t in one.tokens[:-1]) for one in sampled]
+
+
+def test_only_the_time_with_requests_counts_as_busy(running):
+    async def scored() -> None:
+        await running.engine.score(PROMPT.tolist())
+
+    running.call(scored())
+    before = running.engine.busy_s
+    assert before > 0
+    time.sleep(0.2)
+    assert running.engine.busy_s == before  # idle
+    running.call(scored())
+    assert running.engine.busy_s > before
 
 
 def test_weights_change_under_a_running_request_and_each_token_knows_its_own(running):
