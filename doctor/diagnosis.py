@@ -1,8 +1,20 @@
-"""What a rule says about a run."""
+"""What a rule says about a window, and what the doctor says about a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from doctor.history import Seen
 from protocol.rollout import Rollout
+
+EXAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What one rule says about one window."""
+
+    evidence: str
+    advice: str
+    examples: list[Seen] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +27,7 @@ class Diagnosis:
     last: int
     """Optimizer steps."""
     evidence: str
-    """One sentence with the numbers that made the rule speak."""
+    """One sentence with the numbers that made the rule speak, the last time that it spoke."""
     advice: str
     """One sentence that begins with the setting to change: `sampling.max_tokens = 256: ...`."""
     examples: list[Rollout]

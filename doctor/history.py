@@ -18,6 +18,9 @@ from protocol.rollout import Rollout
 from protocol.rundir import RunDir
 from protocol.snapshot import step_of
 
+DAMAGED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What a line that is no record of ours raises."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
@@ -43,9 +46,14 @@ class Seen:
     offset: int
 
     @property
+    def first(self) -> float:
+        """What the first reward function gave; 0 where it does not apply."""
+        return next(iter(self.rewards.values())) or 0.0
+
+    @property
     def right(self) -> bool:
         """The first reward function gave more than 0."""
-        return (next(iter(self.rewards.values())) or 0.0) > 0
+        return self.first > 0
 
 
 @dataclass(slots=True)
@@ -63,10 +71,12 @@ class History:
     train: list[Seen] = field(default_factory=list)
     """Training completions, by `version`."""
     held_out: list[Seen] = field(default_factory=list)
+    """Answers of exams, by `version`."""
     samplers: dict[str, list[dict]] = field(default_factory=dict)
     """By session, the records of metrics/sampler-*.jsonl, counted since that sampler's start."""
     unreadable: int = 0
     """Lines that are no records."""
+    _oldest: int = 0
     _tails: dict[Path, Tail] = field(default_factory=dict)
 
     @classmethod
@@ -84,11 +94,18 @@ class History:
         for path in sorted(self.rundir.metrics.glob("sampler-*.jsonl")):
             session = path.stem.removeprefix("sampler-")
             self.samplers.setdefault(session, []).extend(self._new(path))
-        count = len(self.train)
         for path in sorted(self.rundir.rollouts.glob("*.jsonl")):
             self._rollouts(path)
-        if len(self.train) > count:
-            self.train.sort(key=lambda seen: seen.version)
+        for completions in (self.train, self.held_out):
+            completions.sort(key=lambda seen: seen.version)
+
+    def forget(self, before: int) -> None:
+        """Drops completions by weights older than `before` and takes in no more of them, for who looks beside a run and
+        never looks back."""
+        self._oldest = before
+        examined = self.exams[-1]["step"] if self.exams else 0
+        self.train[:] = [seen for seen in self.train if seen.version >= before]
+        self.held_out[:] = [seen for seen in self.held_out if seen.version >= examined]
 
     def rollout(self, seen: Seen) -> Rollout:
         """The whole of it, from disk."""
@@ -115,7 +132,7 @@ class History:
         for _, line in self._tails.setdefault(path, Tail(path)).lines():
             try:
                 records.append(msgspec.json.decode(line, type=dict))
-            except msgspec.DecodeError:
+            except DAMAGED:
                 self.unreadable += 1
         return records
 
@@ -124,8 +141,10 @@ class History:
             try:
                 rollout = msgspec.json.decode(line, type=Rollout)
                 version = step_of(rollout.snapshots[-1])
-            except (msgspec.DecodeError, UnicodeDecodeError, IndexError, ValueError):
+            except (*DAMAGED, IndexError, ValueError):
                 self.unreadable += 1
+                continue
+            if version < self._oldest:
                 continue
             seen = Seen(
                 split=rollout.split,
@@ -145,3 +164,11 @@ class History:
                 offset=offset,
             )
             (self.train if rollout.split == "train" else self.held_out).append(seen)
+
+
+def version_of(record: dict) -> int:
+    """Of the weights that a sampler had when it wrote this record; -1 before its first."""
+    try:
+        return step_of(record.get("snapshot") or "")
+    except (ValueError, TypeError):
+        return -1

@@ -4,7 +4,11 @@ import re
 
 GRAM = 5
 """Words in a row that, said again, count as repetition."""
-MARK = re.compile(r"####[^\n<#]{1,200}|\\boxed\s?\{[^{}]{1,200}\}|<answer>[^<>]{1,200}</answer>")
+MARK = re.compile(
+    r"####[ \t]{0,9}[-+$]{0,2}\d[\d,./]{0,99}[ \t]?[^\W\d]{0,30}[.%]?[ \t]{0,9}(?=\n|<|\Z)"
+    r"|\\boxed\s?\{[^{}]{1,200}\}|<answer>[^<>]{1,200}</answer>"
+)
+"""Behind `####` only a number and its unit count: it is a heading in Markdown, too."""
 
 
 def repetition(text: str) -> float:
@@ -12,8 +16,7 @@ def repetition(text: str) -> float:
     words = text.split()
     if len(words) < 2 * GRAM:
         return 0.0
-    grams = [tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams)
+    return 1 - len(set(zip(*(words[start:] for start in range(GRAM)), strict=False))) / (len(words) - GRAM + 1)
 
 
 def tail_after_answer(text: str) -> int:

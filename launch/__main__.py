@@ -27,21 +27,21 @@ def command(name: str) -> Callable[[list[str]], int]:
     """Imported only when it is asked for, so that `--help` is quick."""
     match name:
         case "plan":
-            from launch.plan import main
+            from launch.plan.command import main
         case "probe":
-            from launch.probe import main
+            from launch.probe.command import main
         case "watch":
-            from launch.watch import main
+            from launch.watch.command import main
         case "doctor":
             from launch.doctor import main
         case "report":
-            from launch.report import main
+            from launch.report.command import main
         case "chat":
             from launch.chat import main
         case "reward":
-            from launch.reward import main
+            from launch.reward.command import main
         case _:
-            from launch.data import main
+            from launch.plan.data import main
     return main
 
 

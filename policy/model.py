@@ -164,9 +164,13 @@ def add_adapter(model: PreTrainedModel, lora: Lora) -> None:
 
 
 def copy_model_files(source: Path, target: Path, dtype: str) -> None:
-    """Everything beside the weights; config.json names the dtype that the weights now have."""
+    """Everything beside the weights; config.json names the dtype that the weights now have.
+
+    The source may be another run's snapshot: its manifest describes that one alone.
+    """
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in path.name:
+        wanted = path.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in path.name
+        if path.is_file() and wanted and path.name != "manifest.json":
             shutil.copyfile(path, target / path.name)
     config = json.loads((target / "config.json").read_text())
     config.pop("torch_dtype", None)

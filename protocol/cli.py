@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,8 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 CONTROL = {code: f"\\x{code:02x}" for code in [*range(9), *range(11, 32), *range(127, 160)]}
-"""All control characters but tab and newline."""
+CONTROL |= {code: f"\\u{code:04x}" for code in [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]}
+"""All control characters but tab and newline, and those that turn the direction of writing."""
 
 
 class PlainFormatter(logging.Formatter):
@@ -50,4 +53,18 @@ def exit_with(main: Callable[[], int]) -> None:
             print(f"error: {str(error).translate(CONTROL)}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        code = 0
     sys.exit(code)
+
+
+def nobody_reads() -> bool:
+    """Whether standard output leads nowhere, as behind `| head`: then it has been read as far as anybody wanted."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+    return True

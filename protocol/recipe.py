@@ -60,6 +60,10 @@ class Data(Table, frozen=True):
     """The system message; "" leaves it out."""
     template: str = "{question}"
     """The user message; `{column}` is replaced by that column of the row."""
+    prompt: str = "prompt"
+    """The column that holds the question as text or messages; rows without it are asked through the template."""
+    answer: str = "answer"
+    """The column that holds the right answer; verl's `reward_model.ground_truth` is found without it."""
     prefix: list[dict[str, str]] = []
     """Messages between the system message and the user's: worked examples."""
     max_prompt_tokens: Positive = 512
@@ -92,7 +96,7 @@ class Reward(Table, frozen=True):
     """One reward function; a completion's reward is the weighted sum of all of them."""
 
     function: str
-    """`gsm8k`, `format`, `overlong`, `file.py:function` or `package.module:function`."""
+    """A built-in (docs/rewards.md), `file.py:function` or `package.module:function`."""
     weight: float = 1.0
     options: dict[str, float | int | str | bool] = {}
     """Keyword arguments passed on to the function."""
@@ -103,7 +107,7 @@ class Reward(Table, frozen=True):
 def seed_rewards() -> list[Reward]:
     return [
         Reward(function="gsm8k", options={"correct": 1.0, "wrong": -1.0}),
-        Reward(function="format", options={"correct": 1.25, "wrong": -1.0}),
+        Reward(function="format_think_answer", options={"correct": 1.25, "wrong": -1.0}),
     ]
 
 

@@ -1,7 +1,8 @@
 """The run directory: where everything lies. It is all that two machines of one run need to share.
 
 recipe.toml  endpoint.json  keys/  incarnations/  snapshots/  checkpoints/  best -> snapshots/...
-metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  stream/  evals/*.json  logs/  quarantine/  FAILED.md
+metrics/{trainer,sampler-*}.jsonl  rollouts/*.jsonl  stream/  evals/*.json  logs/  quarantine/  trackers/
+report.html  FAILED.md
 """
 
 import os

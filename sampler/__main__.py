@@ -8,6 +8,10 @@ number counts engine processes. This parent only watches: when one engine ends f
     python -m sampler --eval best --run runs/demo
 
 evaluates one model on the held-out prompts, without a trainer.
+
+    python -m sampler --probe 120 --recipe recipes/demo.toml --out probe.json
+
+samples training prompts for so many seconds, without a trainer; `python -m launch probe` says what it shows.
 """
 
 import argparse
@@ -24,12 +28,13 @@ from protocol.evaluation import compare, read
 from protocol.failure import died, explained, put_aside, write_failure
 from protocol.process import die_with_parent, end, on_stop_signal, start, visible_gpus
 from protocol.recipe import Recipe
+from protocol.resolve import load
 from protocol.rundir import RunDir, resolve_recipe
 from sampler.candidate import find
 from sampler.scores import table, versus
 
 REPLICA = "VESPER_REPLICA"
-EVALUATOR = "VESPER_EVALUATOR"
+ALONE = "VESPER_ALONE"
 """Environment: this process is the engine itself, not the parent that watches it."""
 GRACE_S = 15.0
 
@@ -44,6 +49,8 @@ def main() -> int:
     overrides = options.overrides + [f"sampler.{key}={value}" for key, value in asked.items() if value is not None]
     if options.eval:
         return evaluate(options, overrides)
+    if options.probe is not None:
+        return probe(options, overrides)
     if unused := [name for name in ("data", "limit", "out", "against") if getattr(options, name) is not None]:
         raise UserError(f"--{unused[0]} belongs to --eval MODEL; settings of a run are changed with --set")
     rundir, recipe = resolve_recipe(options.run, options.recipe, overrides, keep=False)
@@ -60,7 +67,7 @@ def main() -> int:
 
 
 def add_evaluation(flags: argparse.ArgumentParser) -> None:
-    group = flags.add_argument_group("evaluation", "of one model, without a trainer")
+    group = flags.add_argument_group("evaluation and probe", "of one model, without a trainer")
     group.add_argument(
         "--eval", metavar="MODEL", help="model directory, hub id or snapshot; with --run also best, latest or a name"
     )
@@ -68,6 +75,7 @@ def add_evaluation(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, metavar="N", help="the first N rows only (default: data.eval_limit)")
     group.add_argument("--out", type=Path, metavar="FILE.json", help="keep the result, and FILE.jsonl every completion")
     group.add_argument("--against", type=Path, metavar="FILE.json", help="compare with an earlier result")
+    group.add_argument("--probe", type=float, metavar="SECONDS", help="sample training prompts instead; needs --out")
 
 
 def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -78,11 +86,9 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
     against = read(options.against) if options.against else None
     if options.limit is not None and options.limit < 0:
         raise UserError(f"--limit {options.limit}: expected a number of rows, or 0 for all")
-    if options.out and (options.out.suffix != ".json" or not options.out.parent.is_dir()):
-        raise UserError(f"--out {options.out}: expected FILE.json in a directory that is there")
-    if EVALUATOR not in os.environ:
-        environment = {EVALUATOR: "1"} | environments(candidate.recipe, 1)[0]
-        return follow(start([sys.executable, "-m", "sampler", *sys.argv[1:]], environment=environment))
+    refuse_out(options.out)
+    if ALONE not in os.environ:
+        return begin_alone(candidate.recipe)
     log_to_console("eval")
     die_with_parent()
     from sampler.evaluate import run  # torch and vllm, only now
@@ -101,6 +107,38 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def probe(options: argparse.Namespace, overrides: list[str]) -> int:
+    """The measurement alone: completions and figures go into files, for `python -m launch probe`."""
+    if unused := [name for name in ("run", "data", "limit", "against") if getattr(options, name) is not None]:
+        raise UserError(f"--{unused[0]} has no use with --probe: it samples data.train with the recipe's model")
+    recipe = load(options.recipe, overrides)
+    candidate = find(recipe.model.path, None, options.recipe, overrides)
+    if not options.out or not options.probe > 0:
+        raise UserError("--probe expects seconds above 0, and --out FILE.json to write to")
+    if recipe.objective.name == "sft":
+        raise UserError("objective.name = 'sft' learns from demonstrations and samples nothing: nothing to probe")
+    refuse_out(options.out)
+    if ALONE not in os.environ:
+        return begin_alone(candidate.recipe)
+    log_to_console("probe")
+    die_with_parent()
+    from sampler.probe import run  # torch and vllm, only now
+
+    run(candidate, options.probe, options.out).write(options.out)
+    return 0
+
+
+def refuse_out(out: Path | None) -> None:
+    if out and (out.suffix != ".json" or not out.parent.is_dir()):
+        raise UserError(f"--out {out}: expected FILE.json in a directory that is there")
+
+
+def begin_alone(recipe: Recipe) -> int:
+    """This command again, as the engine itself."""
+    environment = {ALONE: "1"} | environments(recipe, 1)[0]
+    return follow(start([sys.executable, "-m", "sampler", *sys.argv[1:]], environment=environment))
+
+
 def follow(child: subprocess.Popen) -> int:
     """Until the child has ended, or was stopped; nothing that it started stays."""
     stopped: list[bool] = []
@@ -116,7 +154,7 @@ def follow(child: subprocess.Popen) -> int:
     finally:
         end(child, GRACE_S)
     if code < 0 and not stopped:  # it could not say so itself
-        raise RunError(f"the evaluation {died(code)}")
+        raise RunError(f"the engine's process {died(code)}")
     return 130 if stopped else code
 
 

@@ -56,6 +56,7 @@ class Answerer:
             [one.text for one in sampled],
             prompt.columns,
             completion_ids=[one.tokens.tolist() for one in sampled],
+            finish_reasons=[one.finish for one in sampled],
             max_tokens=self._recipe.sampling.max_tokens,
         )
         references: list[np.ndarray | None] = [None] * len(sampled)

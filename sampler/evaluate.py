@@ -4,30 +4,23 @@ Prompts, sampling, rewards and answers are those of training, by the same code; 
 """
 
 import asyncio
-import contextlib
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from policy.model import load_tokenizer, locate, model_fingerprint, vocabulary_size
+from policy.model import load_tokenizer
 from protocol.codec import unpack
 from protocol.errors import UserError
 from protocol.evaluation import Evaluation, refuse_other_prompts
 from protocol.messages import Group
-from protocol.metrics import MetricsWriter
-from protocol.process import STOP_SIGNALS
-from protocol.snapshot import Sealed
+from sampler.alone import alone, found
 from sampler.answer import Answerer
-from sampler.candidate import Candidate, announced
+from sampler.candidate import Candidate
 from sampler.engine import Engine
 from sampler.prompts import Prompt, fingerprint, load_prompts
 from sampler.replica import first_cause
-from sampler.rewards.pool import RewardPool
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +60,7 @@ def run(
     """None when it was stopped. Raises UserError before the engine loads for what the user can mend."""
     if not source:
         raise UserError("no held-out data: name it with --data, or set data.eval in the recipe")
-    directory = locate(candidate.recipe.model)
-    if candidate.sealed:
-        refuse_other_base(candidate.sealed, candidate.recipe.model.path, directory)
-        candidate.sealed.verified()
+    directory = found(candidate)
     prompts = load_prompts(source, limit, candidate.recipe.data, load_tokenizer(directory))
     if against:
         refuse_other_prompts(against, fingerprint(prompts), source)
@@ -93,53 +83,20 @@ def run(
     return evaluation, progress
 
 
-def refuse_other_base(sealed: Sealed, model: str, directory: Path) -> None:
-    """Weights of one architecture do not make sense inside another."""
-    if sealed.manifest.model != model_fingerprint(directory):
-        raise UserError(
-            f"{sealed.manifest.id} was trained from another model than {model} (their config.json differ); name its "
-            "run with --run, or its model with --set model.path="
-        )
-
-
 async def answered(candidate: Candidate, directory: Path, prompts: list[Prompt], out: Path | None) -> Progress:
     """All prompts, as many at a time as keep the engine full."""
-    recipe, gpu = candidate.recipe, torch.cuda.is_available()
-    async with contextlib.AsyncExitStack() as stack:
-        memory = int(recipe.sampler.reward_memory_gb * 2**30)
-        rewards = await stack.enter_async_context(RewardPool(recipe.reward, recipe.sampler.reward_workers, memory))
-        rewards.check_columns(prompts[0].columns)
-        snapshots = candidate.sealed.path.parent if candidate.sealed else directory
-        engine = Engine(recipe, directory, snapshots, gpu=gpu, seed=recipe.seed)
-        await stack.enter_async_context(engine)
-        this = asyncio.current_task()
-        assert this is not None
-        for number in STOP_SIGNALS:  # only now: vLLM installs its own while it starts
-            asyncio.get_running_loop().add_signal_handler(number, this.cancel)
-        if candidate.sealed:
-            await engine.weights.load(announced(candidate.sealed))
-        else:
-            engine.weights.trust(candidate.name)
-        rollouts = stack.enter_context(MetricsWriter(texts(out)))
-        vocabulary = vocabulary_size(directory)
-        answerer = Answerer(recipe, "eval", vocabulary, {"eval": prompts}, engine, rewards, None, rollouts)
+    recipe, this = candidate.recipe, asyncio.current_task()
+    assert this is not None
+    async with alone(candidate, directory, "eval", prompts, out, this.cancel) as it:
         progress, rows = Progress(len(prompts)), iter(range(len(prompts)))
-        reporting = asyncio.create_task(report(progress, engine))
+        reporting = asyncio.create_task(report(progress, it.engine))
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(max(1, 2 * recipe.sampler.max_running // recipe.eval.samples)):
-                    group.create_task(work(answerer, rows, progress))
+                    group.create_task(work(it.answerer, rows, progress))
         finally:
             reporting.cancel()
         return progress
-
-
-def texts(out: Path | None) -> Path:
-    """Where every completion is written: beside the result, in place of an older evaluation's; or nowhere."""
-    if not out:
-        return Path(os.devnull)
-    out.with_suffix(".jsonl").unlink(missing_ok=True)
-    return out.with_suffix(".jsonl")
 
 
 async def work(answerer: Answerer, rows: Iterator[int], progress: Progress) -> None:

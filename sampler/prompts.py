@@ -1,9 +1,10 @@
 """Rows of a data set -> prompts as token ids, rendered once through the tokenizer's chat template.
 
 From here on a prompt is its ids: the engine samples behind them and the trainer trains behind
-them, so the two cannot tokenize differently. What a row asks is, in this order: `prompt` as
-messages (TRL, verl), a `data.template` other than the default, `prompt` as a string (TRL),
-`question` (GSM8K). verl's `reward_model.ground_truth` becomes the column `answer`.
+them, so the two cannot tokenize differently. What a row asks is, in this order: its column `data.prompt`
+as messages (TRL, verl), a `data.template` other than the default, `data.prompt` as a string (TRL,
+OpenRLHF), `question` (GSM8K). The column `data.answer`, or verl's `reward_model.ground_truth`, becomes
+the column `answer`. docs/data.md shows rows of each kind.
 """
 
 import datetime
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # seconds of import, and `--help` must answer in one
 
 Messages = list[dict[str, str]]
 
-PLAIN_TEMPLATE = Data().template
+PLAIN = Data()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +35,7 @@ class Prompt:
 
     ids: np.ndarray  # [tokens] int32
     messages: Messages | str  # a string only if the tokenizer has no chat template
-    columns: dict  # all of the row but `prompt`, as JSON values, for the rewards
+    columns: dict  # all of the row but `data.prompt`, as JSON values, for the rewards
     demonstration: np.ndarray | None = None  # [tokens] int32, with the token that ends the turn; objective `sft`
     demonstration_text: str = ""
 
@@ -49,11 +50,11 @@ def load_prompts(source: str, limit: int, data: Data, tokenizer: "PreTrainedToke
     if not rows:
         raise UserError(f"{source}: the data set is empty")
     named = [(f"{source}: row {index} (from 0)", row) for index, row in enumerate(rows)]
-    columns = [_columns(row, where) for where, row in named]
+    columns = [_columns(row, data, where) for where, row in named]
     messages = [_messages(row, data, where) for where, row in named]
     if tokenizer.chat_template is None:
         messages = [_text_alone(conversation, source) for conversation in messages]
-    _refuse_missing_gold(columns, source)
+    _refuse_missing_gold(columns, data.answer, source)
     ids = tokenize(messages, tokenizer, source)
     _refuse_long(ids, data.max_prompt_tokens, source)
     return [
@@ -86,14 +87,16 @@ def _messages(row: dict, data: Data, where: str) -> Messages:
 
 
 def _own_messages(row: dict, data: Data, where: str) -> Messages:
-    prompt = row.get("prompt")
+    prompt = row.get(data.prompt)
+    if prompt is None and data.prompt != PLAIN.prompt:
+        raise UserError(f"{where} has no column {data.prompt!r} for data.prompt; it has: {_filled_columns(row)}")
     if isinstance(prompt, list) and prompt:
-        if data.template != PLAIN_TEMPLATE:
-            raise UserError(f"{where}: `prompt` holds messages; remove data.template, it has no use")
+        if data.template != PLAIN.template:
+            raise UserError(f"{where}: `{data.prompt}` holds messages; remove data.template, it has no use")
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
             raise UserError(f"{where}: expected messages {{role, content}}, got {prompt!r:.80}")
         return [{"role": str(m.get("role")), "content": m["content"]} for m in prompt]
-    if isinstance(prompt, str) and data.template == PLAIN_TEMPLATE:
+    if isinstance(prompt, str) and data.template == PLAIN.template:
         return [{"role": "user", "content": prompt}]
     return [{"role": "user", "content": filled(data.template, row, where, "data.template")}]
 
@@ -107,8 +110,9 @@ def filled(template: str, row: dict, where: str, setting: str) -> str:
     row = _solution(row.get("answer")) | row
     for name in re.findall(r"\{(\w+)\}", template):
         if row.get(name) is None:
-            known = ", ".join(name for name in row if row[name] is not None)
-            raise UserError(f"{where} has no column {name!r} for {setting}; it has: {known}")
+            asks = setting == "data.template" and template == PLAIN.template
+            hint = "; set data.prompt to the one that asks, or data.template" if asks else ""
+            raise UserError(f"{where} has no column {name!r} for {setting}; it has: {_filled_columns(row)}{hint}")
     return re.sub(r"\{(\w+)\}", lambda found: str(row[found[1]]), template)
 
 
@@ -118,10 +122,18 @@ def _solution(answer: object) -> dict[str, str]:
     return {"reasoning": re.sub(r"<<[^<>\n]*>>", "", reasoning).strip(), "final": final.strip()} if mark else {}
 
 
-def _columns(row: dict, where: str) -> dict:
-    columns = {name: value for name, value in row.items() if name != "prompt"}
+def _filled_columns(row: dict) -> str:
+    return ", ".join(name for name in row if row[name] is not None)
+
+
+def _columns(row: dict, data: Data, where: str) -> dict:
+    columns = {name: value for name, value in row.items() if name != data.prompt}
     verl = row.get("reward_model")
-    if isinstance(verl, dict) and "answer" not in row:
+    if data.answer != PLAIN.answer:
+        if data.answer not in row:
+            raise UserError(f"{where} has no column {data.answer!r} for data.answer; it has: {_filled_columns(row)}")
+        columns["answer"] = row[data.answer]
+    elif isinstance(verl, dict) and "answer" not in row:
         columns["answer"] = verl.get("ground_truth")
     try:
         return json.loads(json.dumps(columns, default=_json))
@@ -160,12 +172,12 @@ def tokenize(
         raise UserError(f"{source}: the chat template refuses the messages: {error}") from None
 
 
-def _refuse_missing_gold(columns: list[dict], source: str) -> None:
-    """Rows with `answer` and rows without it are a mistake in the data, not a choice."""
+def _refuse_missing_gold(columns: list[dict], column: str, source: str) -> None:
+    """Rows with an answer and rows without one are a mistake in the data, not a choice."""
     missing = [i for i, row in enumerate(columns) if row.get("answer") in (None, "")]
     if missing and (len(missing) < len(columns) or "answer" in columns[0]):
         raise UserError(
-            f"{source}: row {missing[0]} (from 0) has no gold answer in the column `answer` "
+            f"{source}: row {missing[0]} (from 0) has no gold answer in the column `{column}` "
             f"({len(missing)} of {len(columns)} rows); fill or remove it"
         )
 

@@ -1,6 +1,7 @@
 """Rows of a data set, wherever they come from: files, a hub, a directory, or problems made on the spot."""
 
 import json
+import re
 from pathlib import Path
 
 from protocol.errors import UserError
@@ -15,10 +16,11 @@ def load_rows(source: str, limit: int) -> list[dict]:
     """The first `limit` rows (0: all) of a file, of `word-problems[:split]`, or of a data set.
 
     Files are .jsonl and .parquet; a data set is a directory or a hub id, `name[:config][:split]`.
-    A single part behind the name is the split if it is called train, test, validation or dev, else
-    the config. Raises UserError if nothing readable is there.
+    A single part behind the name is the split if it is called train, test, validation or dev, also
+    with a slice (`train[:-100]`, as the library `datasets` reads it), else the config. Raises UserError
+    if nothing readable is there.
     """
-    name, *parts = source.split(":")
+    name, *parts = re.split(r":(?![^\[\]]*\])", source)  # not at the colon of a slice
     suffix, stop = Path(source).suffix, limit or None
     if name == "word-problems":
         return _problems(source, parts[0] if parts else "train", limit)[:stop]
@@ -72,7 +74,7 @@ def _parquet(path: Path, stop: int | None) -> list[dict]:
 def _dataset(source: str, name: str, parts: list[str], stop: int | None) -> list[dict]:
     import datasets
 
-    config = parts.pop(0) if parts and (len(parts) > 1 or parts[0] not in SPLITS) else None
+    config = parts.pop(0) if parts and (len(parts) > 1 or parts[0].partition("[")[0] not in SPLITS) else None
     split = parts[0] if parts else "train"
     directory = Path(name).expanduser()
     if name.startswith(("/", ".", "~")) and not directory.is_dir():

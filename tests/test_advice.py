@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from doctor.learning_rate import learning_rate_advice
 from protocol.resolve import load
-from trainer.advice import learning_rate_advice
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def demonstrate(directory: Path, rows: list[dict], *overrides: str) -> tuple:
 
 
 def test_a_demonstration_is_answered_without_the_engine_and_rewarded_like_a_completion(tmp_path):
-    recipe, prompts = demonstrate(tmp_path, [ROW])
+    recipe, prompts = demonstrate(tmp_path, [ROW], 'reward=[{function="gsm8k"},{function="ends_properly"}]')
     engine = SimpleNamespace(weights=SimpleNamespace(snapshot=SNAPSHOT))  # it has nothing that could sample
 
     async def main() -> Group:
@@ -57,7 +57,7 @@ def test_a_demonstration_is_answered_without_the_engine_and_rewarded_like_a_comp
     assert make_tokenizer().decode(tokens) == "<think>48/2 = 24</think><answer>24</answer><|im_end|>"
     assert not unpack(one.logprobs).any() and unpack(one.logprobs).dtype == np.float32
     assert (one.finish, one.ref_logprobs, one.spans) == ("stop", None, [Span(SNAPSHOT, 0, len(tokens))])
-    assert one.rewards == {"gsm8k": 1.0, "format": 1.25} and one.reward == 2.25
+    assert one.rewards == {"gsm8k": 1.0, "ends_properly": 1.0} and one.reward == 2.0
     assert one.answers == {} and group.gold is None
     written = json.loads((tmp_path / "rollouts.jsonl").read_text())
     assert written["completion"] == "<think>48/2 = 24</think><answer>24</answer>"

@@ -277,7 +277,7 @@ OTHER = {
     "lora": "lora.rank=8",
     "data": "data.train=other.jsonl",
     "sampling": "sampling.group_size=4",
-    "reward": 'reward=[{function="format"}]',
+    "reward": 'reward=[{function="format_think_answer"}]',
 }
 
 

@@ -13,7 +13,7 @@ from protocol.errors import UserError
 from protocol.recipe import Data
 from sampler.demonstrations import demonstrated
 from sampler.prompts import Prompt, fingerprint, load_prompts, load_rows
-from sampler.rewards.builtin import format as well_formed
+from sampler.rewards.builtin import format_think_answer as well_formed
 from sampler.rewards.builtin import gsm8k
 from tests.tiny import make_tokenizer
 
@@ -95,6 +95,56 @@ def test_rows_of_each_convention_give_the_question_and_the_other_columns(tmp_pat
     prompt = only(tmp_path, row, tokenizer)
     assert prompt.messages == [{"role": "user", "content": question}]
     assert prompt.columns == columns
+
+
+def test_a_verl_file_is_read_as_verl_writes_it(tmp_path, tokenizer):
+    """The schema of verl's examples/data_preprocess/gsm8k.py, written by `datasets` as there."""
+    rows = [
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": f"{number} + 1? Let's think."}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(number + 1)},
+            "extra_info": {"split": "train", "index": number, "answer": f"#### {number + 1}", "question": "?"},
+        }
+        for number in range(3)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    prompts = load_prompts(str(tmp_path / "train.parquet"), 0, BARE, tokenizer)
+    assert [prompt.messages[0]["content"] for prompt in prompts] == [f"{n} + 1? Let's think." for n in range(3)]
+    assert [prompt.columns["answer"] for prompt in prompts] == ["1", "2", "3"]
+    assert prompts[2].columns["extra_info"] == rows[2]["extra_info"]
+    assert "message" in refusal(str(tmp_path / "train.parquet"), tokenizer, Data(template="Q: {prompt}"))
+
+
+@pytest.mark.parametrize("asked", ["7 + 1?", [{"role": "user", "content": "7 + 1?"}]], ids=["text", "messages"])
+def test_openrlhf_rows_are_read_by_the_names_of_their_keys(tmp_path, tokenizer, asked):
+    row = {"input": asked, "label": "8", "datasource": "sums"}
+    keys = Data(system="", prompt="input", answer="label")
+    prompt = only(tmp_path, row, tokenizer, keys)
+    assert prompt.messages == [{"role": "user", "content": "7 + 1?"}]
+    assert prompt.columns == {"label": "8", "datasource": "sums", "answer": "8"}
+    source = str(tmp_path / "rows.jsonl")
+    assert "no column 'question' for data.template; it has: input, label, datasource; set data.prompt" in refusal(
+        source, tokenizer
+    )
+    wrong = [Data(system="", prompt="context"), Data(system="", prompt="input", answer="gold")]
+    for data, complaint in zip(wrong, ["'context' for data.prompt", "'gold' for data.answer"], strict=True):
+        assert f"has no column {complaint}; it has: input, label, datasource" in refusal(source, tokenizer, data)
+
+
+def test_an_input_template_is_filled_with_the_column_that_asks(tmp_path, tokenizer):
+    data = Data(system="", prompt="input", template="Q: {input}\nA:")
+    assert only(tmp_path, {"input": "7 + 1?"}, tokenizer, data).messages[0]["content"] == "Q: 7 + 1?\nA:"
+
+
+def test_trl_rows_hand_all_other_columns_to_the_rewards(tmp_path, tokenizer):
+    row = {"prompt": [{"role": "user", "content": "7 + 1?"}], "solution": "$8$", "level": 2}
+    columns = only(tmp_path, row, tokenizer, Data(system="", answer="solution")).columns
+    assert columns == {"solution": "$8$", "level": 2, "answer": "$8$"}
+    rows = [row, row | {"solution": None}]
+    complaint = refusal(written(tmp_path, rows), tokenizer, Data(system="", answer="solution"))
+    assert "row 1 (from 0) has no gold answer in the column `solution` (1 of 2 rows)" in complaint
 
 
 def test_a_template_of_ones_own_wins_over_a_prompt_column(tmp_path, tokenizer):
@@ -203,6 +253,8 @@ def test_a_directory_of_files_is_read_by_split(tmp_path, monkeypatch):
     written(tmp_path / "files", [QUESTION, QUESTION], "test.jsonl")
     assert len(load_rows(f"{tmp_path / 'files'}:test", 0)) == 2
     assert len(load_rows(f"{tmp_path / 'files'}:default:train", 0)) == 1
+    assert load_rows(f"{tmp_path / 'files'}:test[-1:]", 0) == [QUESTION]
+    assert load_rows(f"{tmp_path / 'files'}:test[:50%]", 0) == [QUESTION]
 
 
 @pytest.mark.parametrize(
@@ -365,5 +417,5 @@ def test_gsm8ks_own_solutions_deserve_full_marks(tokenizer):
     )
     texts, answers = [prompt.demonstration_text for prompt in prompts], [prompt.columns["answer"] for prompt in prompts]
     assert len(prompts) == 500
-    assert set(gsm8k([""] * 500, texts, answers)) == set(well_formed([""] * 500, texts)) == {1.0}
+    assert set(gsm8k(texts, answers)) == set(well_formed(texts)) == {1.0}
     assert not any("<<" in text or "####" in text for text in texts)

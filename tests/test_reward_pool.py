@@ -421,7 +421,7 @@ def test_no_file_of_a_function_grows_without_end(mine):
 def test_a_completion_that_is_code_is_text_to_the_built_in_functions(tmp_path):
     code = f"__import__('os').system('touch {tmp_path}/run')"
     said = [text.format(code) for text in ("#### {}", "<answer>{}</answer>", "\\boxed{{{}}}", "<answer>$({})</answer>")]
-    got = score([Reward(function="gsm8k"), Reward(function="format")], said, {"answer": "#### 987654321"})
+    got = score([Reward(function="gsm8k"), Reward(function="format_think_answer")], said, {"answer": "#### 987654321"})
     assert got.by_function["gsm8k"] == [0.0] * 4
     assert list(tmp_path.iterdir()) == []
 
@@ -488,7 +488,7 @@ def test_a_column_that_a_function_needs_is_missed_at_the_start():
         with pytest.raises(UserError, match=r"gsm8k needs the column 'answer'.*has: question, level"):
             pool.check_columns({"question": "?", "level": 1})
 
-    with_pool([Reward(function="gsm8k"), Reward(function="format")], use)
+    with_pool([Reward(function="gsm8k"), Reward(function="format_think_answer")], use)
 
 
 def test_leaving_the_pool_leaves_no_process_and_no_directory(mine):

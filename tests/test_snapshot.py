@@ -5,9 +5,11 @@ import random
 
 import pytest
 
+from policy.model import copy_model_files
 from protocol import snapshot
 from protocol.errors import StorageError
 from protocol.snapshot import Corrupt, Manifest, checkpoint_id, open_sealed, seal, staging, write_hashed
+from tests.tiny import make_model
 
 
 def publish(parent, name="s00000001.i0001", key=None, data=b"weights" * 1000):
@@ -154,3 +156,13 @@ def test_a_sealed_directory_under_another_name_is_refused(tmp_path):
     (tmp_path / old).rename(tmp_path / new)
     with pytest.raises(Corrupt, match="is that of"):
         open_sealed(tmp_path / new, key=b"k")
+
+
+def test_a_model_that_is_a_snapshot_of_another_run_leaves_its_manifest_there(tmp_path):
+    """Found when a run was started from another run's newest weights: its own manifest could not be written."""
+    source, target = make_model(tmp_path / "source"), tmp_path / "target"
+    (source / "manifest.json").write_text("{}")
+    target.mkdir()
+    copy_model_files(source, target, "float32")
+    assert (target / "config.json").is_file() and (target / "tokenizer.json").is_file()
+    assert not (target / "manifest.json").exists()

@@ -22,6 +22,7 @@ from protocol.failure import died, explained, failure, put_aside, write_failure
 from protocol.process import TRAINER_PID, group_alive, members, on_stop_signal, start
 from protocol.resolve import load
 from protocol.rundir import RunDir, resolve_recipe
+from protocol.trackers import refuse_missing
 from trainer.stream import replayed, resolve_replay
 
 
@@ -41,6 +42,7 @@ def main() -> int:
     if rundir.is_complete(recipe.trainer.steps):
         print(f"trainer: {rundir.path} is complete; ask for more with --set trainer.steps=N", flush=True)
         return 0
+    refuse_missing(recipe.tracking)
     if "RANK" not in os.environ:
         gpus, steps = options.gpus or recipe.trainer.gpus, recipe.trainer.steps
         return launch(gpus, rundir, lambda: rundir.is_complete(steps))

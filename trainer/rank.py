@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from doctor.learning_rate import learning_rate_advice
 from policy.agreement import agree
 from policy.model import load_tokenizer, locate
 from protocol.channel import Hub
@@ -21,12 +22,14 @@ from protocol.failure import put_aside
 from protocol.keys import open_keys
 from protocol.messages import DataSet
 from protocol.metrics import MetricsWriter
+from protocol.mirror import mirrored
 from protocol.process import die_with_parent, on_stop_signal, watch_ancestors
 from protocol.recipe import Recipe
 from protocol.rundir import Endpoint, RunDir
 from protocol.snapshot import sweep
-from trainer.advice import learning_rate_advice
+from trainer.arithmetic import arithmetic
 from trainer.checkpoint import Checkpoints, State
+from trainer.checkup import Checkup
 from trainer.desk import Desk
 from trainer.engine import Policy
 from trainer.exams import Exams
@@ -57,7 +60,8 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
         tokenizer = load_tokenizer(directory)
         agreement = agree(keys.run_id, directory, tokenizer, recipe)
         desk = Desk(recipe=recipe, agreement=agreement, incarnation=incarnation) if ranks.first else None
-        with Inbox(ranks, desk, hub, stop, rundir) as inbox:
+        mirrors = mirrored(rundir, recipe.tracking, first=ranks.first)
+        with mirrors, Inbox(ranks, desk, hub, stop, rundir) as inbox:
             policy = make_policy(recipe, directory, ranks)
             checkpoints = Checkpoints(rundir, keys, ranks, incarnation, agreement.model)
             restore(checkpoints.resume(policy), desk, inbox)
@@ -74,10 +78,13 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
             if hub:
                 announce(rundir, hub, incarnation)
             with MetricsWriter(rundir.metrics / "trainer.jsonl" if ranks.first else Path(os.devnull)) as writer:
-                record = Record(writer, ranks, store)
+                checkup = Checkup(rundir, recipe, policy.steps_done) if ranks.first else None
+                record = Record(writer, ranks, store, checkup)
                 exams = Exams(rundir, recipe, inbox, record, ranks, step=policy.steps_done)
                 complete = whole_run(policy, inbox, store, exams, record, recipe)
             store.checkpoint(policy, inbox, now=True)
+            if checkup:
+                checkup.end()
             if ranks.first:
                 tell_solved(rundir, inbox.solved())
             if hub and complete:
@@ -156,14 +163,3 @@ def tell_solved(rundir: RunDir, rows: dict[str, list[int]]) -> None:
         "of %d prompts %d were always solved, %d never; the rows are in %s",
         sum(counts.values()), counts["always"], counts["never"], path,
     )  # fmt: skip
-
-
-def arithmetic(recipe: Recipe) -> str:
-    """The three batch numbers and what follows from them, in one sentence."""
-    trainer, sampling = recipe.trainer, recipe.sampling
-    completions = trainer.prompts_per_step * sampling.group_size
-    return (
-        f"each of {trainer.steps} steps trains {trainer.prompts_per_step} prompts x {sampling.group_size} completions "
-        f"= {completions} completions of at most {sampling.max_tokens} tokens, packed into rows of "
-        f"{trainer.tokens_per_micro_batch} tokens; samplers run at most {trainer.max_staleness} steps ahead"
-    )

@@ -13,6 +13,7 @@ from protocol.memory import peak_gb
 from protocol.metrics import MetricsWriter
 from trainer import figures
 from trainer.batch import Batch
+from trainer.checkup import Checkup
 from trainer.engine import Policy
 from trainer.inbox import Inbox
 from trainer.loss import Figures
@@ -21,17 +22,14 @@ from trainer.store import Store
 
 log = logging.getLogger(__name__)
 
-MAX_MISMATCH = 0.3
-"""Mean |log-prob of the trainer - log-prob of the sampler| in nats; measured: 5e-6 in float32, 0.03 in bfloat16."""
-
 
 class Record:
     """Adds up what the ranks measured; the first rank writes."""
 
-    def __init__(self, writer: MetricsWriter, ranks: Ranks, store: Store) -> None:
-        self._writer, self._ranks, self._store = writer, ranks, store
+    def __init__(self, writer: MetricsWriter, ranks: Ranks, store: Store, checkup: Checkup | None = None) -> None:
+        """checkup: on the first rank of a run with samplers."""
+        self._writer, self._ranks, self._store, self._checkup = writer, ranks, store, checkup
         self._seen: list[dict[str, np.ndarray]] = []
-        self._apart = 0
         self._since = time.monotonic()
         self._before = {"waited": 0.0, "stored": store.spent_s, "sampled": 0.0}
 
@@ -73,25 +71,18 @@ class Record:
             "train/tokens_per_s": batch.figures["train/tokens"] / max(1e-9, spent - waited - stored),
             "sampler/tokens_per_s": max(0.0, sampled) / max(1e-9, spent),
         }
-        self._watch_mismatch(record["sampling/sampling_logp_difference/mean"])
         self._writer.write({"kind": "step", "step": policy.steps_done, "groups": batch.group_ids, **record})
         log.info("%s", line(policy.steps_done, policy.recipe.trainer.steps, record))
-
-    def _watch_mismatch(self, gap: float) -> None:
-        """Log-probs that are plausible and wrong: rounding and a few steps of staleness stay far below the limit."""
-        self._apart = self._apart + 1 if gap > MAX_MISMATCH else 0
-        if self._apart >= 3:
-            log.error(
-                "sampler and trainer disagree by %.2f nats a token for %d steps (expected: below %.1f): the update is "
-                "off-policy; compare the versions on both sides, lower max_staleness or the learning rate",
-                gap, self._apart, MAX_MISMATCH,
-            )  # fmt: skip
+        if self._checkup:
+            self._checkup.look()
 
     def skipped(self, policy: Policy, batch: Batch) -> None:
         """A step that was not finite: what was measured is of no use."""
         self._seen = []
         if self._ranks.first:
             self._writer.write({"kind": "skipped", "step": policy.steps_done, "groups": batch.group_ids})
+        if self._checkup:
+            self._checkup.look()
 
     def exam(self, result: Evaluation, figures: dict[str, float], change: dict[str, float]) -> None:
         """Held-out accuracy with its 95 % interval, and its change since before training."""

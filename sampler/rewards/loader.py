@@ -1,4 +1,4 @@
-"""`gsm8k`, `format`, `overlong`, `file.py:function` or `package.module:function` -> the function.
+"""The name of a built-in, `file.py:function` or `package.module:function` -> the function, in TRL's form.
 
 User code never runs in the sampler's own process: there `find` looks only at files and names;
 `load` imports in the killable worker (sampler/rewards/worker.py). Both run before any model loads,
@@ -6,6 +6,7 @@ and both say what is wrong as UserError.
 """
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -18,11 +19,20 @@ from pathlib import Path
 from types import ModuleType
 
 from protocol.errors import UserError
-from sampler.rewards import builtin
+from sampler.rewards.signature import GIVEN, in_trl_form
 
-BUILTIN: dict[str, Callable] = {"gsm8k": builtin.gsm8k, "format": builtin.format, "overlong": builtin.overlong}
-GIVEN = ("prompts", "completions", "completion_ids")
-"""Lists of one value for each completion, as TRL gives them."""
+BUILTIN = {
+    "gsm8k": "sampler.rewards.builtin",
+    "format_think_answer": "sampler.rewards.builtin",
+    "tag_count": "sampler.rewards.builtin",
+    "ends_properly": "sampler.rewards.builtin",
+    "overlong": "sampler.rewards.builtin",
+    "repetition": "sampler.rewards.builtin",
+    "length_target": "sampler.rewards.builtin",
+    "countdown": "sampler.rewards.countdown",
+    "math_verify": "sampler.rewards.symbolic",
+}
+"""By name, the module. docs/rewards.md describes them."""
 NAMED = ("max_tokens",)
 """For functions that name it, where neither data nor options do. It is no list, so `**columns` does not hold it."""
 
@@ -36,9 +46,11 @@ def find(reference: str) -> str:
     """The reference with a file's path made absolute, after a look that imports nothing.
 
     Raises UserError: neither a built-in nor `where:function`, no such file or package, a syntax
-    error in the file.
+    error in the file, a library that is missing.
     """
     if reference in BUILTIN:
+        if reference == "math_verify" and PathFinder.find_spec("math_verify", sys.path) is None:
+            raise UserError("reward 'math_verify' needs the library math-verify: pip install '.[math]'")
         return reference
     where, colon, function = reference.rpartition(":")
     if not (colon and where and function.isidentifier()):
@@ -57,20 +69,14 @@ def find(reference: str) -> str:
 
 
 def load(reference: str, options: dict) -> Callable:
-    """Imports and returns the function; only in a worker process.
+    """Imports and returns the function, in TRL's form; only in a worker process.
 
-    Raises UserError: the import fails (type, text and line of the reason), no such function, an
-    unknown option.
+    Raises UserError: the import fails (type, text and line of the reason), no such function, a
+    signature that is none of those known, an unknown option, one that a built-in has no meaning for.
     """
-    function = BUILTIN.get(reference) or _import(reference)
-    named = inspect.signature(function).parameters
-    for option in options:
-        if option not in named or option in GIVEN:
-            known = [name for name in named if named[name].default is not inspect.Parameter.empty]
-            raise UserError(
-                f"reward {reference}: the function has no parameter for the option {option!r}; "
-                f"it has: {', '.join(known) or 'none'}"
-            )
+    function = in_trl_form(reference, _import(_full(reference)), options)
+    if reference in BUILTIN:
+        _check_values(reference, function, options)
     return function
 
 
@@ -95,9 +101,8 @@ def required(function: Callable, options: dict) -> list[str]:
 
 def file_of(reference: str) -> str:
     """The file that a loaded function was written in."""
-    source = reference.rpartition(":")[0]
-    module = sys.modules[source or builtin.__name__] if not source.endswith(".py") else None
-    return source if module is None else module.__file__ or ""
+    source = _full(reference).rpartition(":")[0]
+    return source if source.endswith(".py") else sys.modules[source].__file__ or ""
 
 
 def where(error: BaseException, file: str) -> str:
@@ -106,6 +111,20 @@ def where(error: BaseException, file: str) -> str:
     place = ([frame for frame in frames if frame.filename == file] or frames)[-1]
     text = f"{type(error).__name__}: {error}".removesuffix(": ")
     return f"{text} ({Path(place.filename).name}:{place.lineno})"
+
+
+def _check_values(reference: str, function: Callable, options: dict) -> None:
+    """The built-ins look at their options first, so that a call without completions is enough."""
+    nothing = {name: [] for name in (*GIVEN, *required(function, options))}
+    with contextlib.suppress(TypeError):  # it needs an option, which is said where the columns are known
+        try:
+            function(**accepted(function, nothing | options, {}))
+        except ValueError as error:
+            raise UserError(f"reward {reference}: {error}") from None
+
+
+def _full(reference: str) -> str:
+    return f"{BUILTIN[reference]}:{reference}" if reference in BUILTIN else reference
 
 
 def _readable(reference: str, path: Path) -> Path:

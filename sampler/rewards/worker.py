@@ -7,7 +7,7 @@ object a line, on stdin and stdout:
         "rewards": [{"reference": ..., "options": {...}}]}
     <- {"required": [[column, ...] per reward]}   or  {"refused": why}
     -> {"reward": index, "prompts": [...], "completions": [...], "completion_ids": [[...], ...],
-        "max_tokens": number, "columns": {name: [...]}}
+        "finish_reasons": [...], "max_tokens": number, "columns": {name: [...]}}
     <- {"values": [number or null, ...]}          or  {"error": "Type: text (file.py:12)"}
 
 User code sees neither pipe: its stdin is empty, its prints go to stderr. This limits damage; it is
@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from typing import IO
 
 from protocol.errors import UserError
-from sampler.rewards.loader import GIVEN, NAMED, accepted, file_of, load, required, where
+from sampler.rewards.loader import NAMED, accepted, file_of, load, required, where
+from sampler.rewards.signature import GIVEN
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MAX_FILE_BYTES = 16 << 30

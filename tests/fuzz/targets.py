@@ -314,7 +314,7 @@ def _text(choices: Choices) -> str:
 
 def _rewards(text: str) -> None:
     options = {"prompts": ["p", "p"], "completions": [text, [{"role": "assistant", "content": text}]]}
-    values = builtin.gsm8k(**options, answer=["#### 5", text]) + builtin.format(**options)
+    values = builtin.gsm8k(**options, answer=["#### 5", text]) + builtin.format_think_answer(**options)
     assert len(values) == 4 and all(value is None or math.isfinite(value) for value in values)
 
 
