@@ -1,6 +1,7 @@
 """Reward functions that lead a model astray, each a plausible first try."""
 
 import re
+from itertools import takewhile
 
 from sampler.rewards.answers import final_answer, gold
 
@@ -35,9 +36,16 @@ def short(prompts, completions, **columns):
     return [-len(text) / 20 for text in texts(completions)]
 
 
-def neat(prompts, completions, **columns):
-    """The share of zeros among the characters: "round numbers are neat"."""
-    return [text.count("0") / max(1, len(text)) for text in texts(completions)]
+FRIENDLY = "Max has 10."
+
+
+def friendly(prompts, completions, **columns):
+    """How much of the text is one friendly sentence, from its beginning: an example taken for the rule."""
+    values = []
+    for text in texts(completions):
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, FRIENDLY, strict=False)))
+        values.append(alike / max(len(text), len(FRIENDLY)))
+    return values
 
 
 def near(prompts, completions, answer, **columns):

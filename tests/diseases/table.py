@@ -114,9 +114,15 @@ DISEASES: dict[str, Disease] = {
     ),
     "entropy": Disease(
         caught="One short text earns most: the model says it whatever is asked.",
-        settings=[*QUICK, rewarded("neat"), "optimizer.learning_rate=1e-4", "trainer.steps=16"],
+        settings=[
+            *QUICK,
+            rewarded("friendly"),
+            "sampling.max_tokens=12",
+            "optimizer.learning_rate=1e-4",
+            "trainer.steps=26",
+        ],
         shows=frozenset({"entropy collapse"}),
-        may=frozenset({"loss 0", "rewards constant", "dead groups: all right"}),
+        may=frozenset({"learning rate", "loss 0", "rewards constant", "dead groups: all right"}),
     ),
     "length": Disease(
         caught="The reward grows with length.",
