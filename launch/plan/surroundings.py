@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from protocol.recipe import Recipe
 
-PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 SHARED = {"nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "9p", "afs"}
 """Types of filesystems that several machines see."""
 
