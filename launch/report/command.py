@@ -78,7 +78,7 @@ def together(tables: Sequence[dict[str, str]]) -> dict[str, list[str]]:
 def environment() -> Environment:
     """All that is put into the page is escaped, and shows its control characters."""
     made = Environment(
-        loader=PackageLoader("launch"),
+        loader=PackageLoader("launch.report"),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=visible,
