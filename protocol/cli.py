@@ -24,7 +24,7 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 CONTROL = {code: f"\\x{code:02x}" for code in [*range(9), *range(11, 32), *range(127, 160)]}
-CONTROL |= {code: f"\\u{code:04x}" for code in [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]}
+CONTROL |= {code: f"\\u{code:04x}" for code in [0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]}
 """All control characters but tab and newline, and those that turn the direction of writing."""
 
 

@@ -24,10 +24,10 @@ class MetricsWriter:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._torn = ends_torn(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}; free space or mend permissions") from error
-        self._torn = False
         self.lost = 0
 
     def write(self, record: dict[str, object]) -> None:
@@ -53,6 +53,15 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def ends_torn(path: Path) -> bool:
+    """Whether a killed writer left the last line unfinished: the next record must not be glued to it."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def read_metrics(path: Path) -> list[dict]:

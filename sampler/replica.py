@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,7 @@ async def serve(
             free = max(2 * recipe.sampler.max_running, *size.values()) - sum(size[kind] for kind, _ in held)
             return Load(engine.weights.snapshot, max(0, free), engine.tokens)
 
-        session = Session(recipe.network, agreement, sets, load, versions())
+        session = Session(secrets.token_hex(8), recipe.network, agreement, sets, load, versions())
         trainer = Link(rundir, keys, recipe, session)
         for number in STOP_SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, trainer.stop)

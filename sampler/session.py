@@ -5,7 +5,6 @@ time: a new session starts empty and the trainer leases the old one's groups to 
 """
 
 import logging
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,18 +53,21 @@ class Load:
 
 
 class Session:
-    """sets: the two splits' rows. load: asked at every beat with the leases held, answers what the engine can take."""
+    """name: random, new for every process. sets: the two splits' rows.
+
+    load: asked at every beat with the leases held, answers what the engine can take.
+    """
 
     def __init__(
         self,
+        name: str,
         network: Network,
         agreement: Agreement,
         sets: dict[Split, DataSet],
         load: Callable[[set[Work]], Load],
         versions: dict[str, str],
     ) -> None:
-        self._network, self._load = network, load
-        self.name = secrets.token_hex(8)
+        self.name, self._network, self._load = name, network, load
         self.stopped = False
         self._hello = Hello(
             session=self.name, agreement=agreement, train=sets["train"], eval=sets["eval"], versions=versions

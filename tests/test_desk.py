@@ -367,7 +367,7 @@ def test_a_clock_that_jumps_ten_minutes_costs_leases_and_no_group(desk):
 def test_an_answer_whose_acknowledgement_was_lost_is_sent_again_and_counts_once(desk):
     """The real session and the real desk; the network between them loses the first acknowledgement."""
     sets = {"train": ROWS, "eval": HELLO.eval}
-    session = Session(desk.recipe.network, AGREED, sets, lambda held: Load(NEWEST, 0 if held else 2, 1), {})
+    session = Session("one", desk.recipe.network, AGREED, sets, lambda held: Load(NEWEST, 0 if held else 2, 1), {})
 
     def exchange(now, loses=False):
         """All that is due, and what comes of it: the statuses of acknowledgements, those lost included."""
@@ -456,7 +456,9 @@ def test_what_is_taken_from_an_engine_that_stands_still_is_given_to_another(desk
 
 
 def test_a_session_numbers_its_failures_and_keeps_the_number_when_it_sends_one_again(desk):
-    session = Session(desk.recipe.network, AGREED, {"train": ROWS, "eval": HELLO.eval}, lambda _: Load(None, 0, 0), {})
+    session = Session(
+        "one", desk.recipe.network, AGREED, {"train": ROWS, "eval": HELLO.eval}, lambda _: Load(None, 0, 0), {}
+    )
     session.on(Welcome(incarnation=1))
     for group_id in (4, 2):
         session.answer(Failure(session=session.name, split="train", group_id=group_id, why="timeout"))

@@ -62,7 +62,7 @@ def verdict(trainer: Agreement, sampler: Agreement, theirs: DataSet = NOBODY, kn
 def test_a_sampler_of_another_run_is_refused_by_the_run_id_and_ends_with_3_for_good(ours):
     answer = verdict(ours, msgspec.structs.replace(ours, run_id="older"))
     assert answer == Rejection(why="run_id differs: the trainer has run, this sampler older")
-    session = Session(RECIPE.network, ours, {"train": NOBODY, "eval": NOBODY}, lambda _: Load(None, 0, 0), {})
+    session = Session("one", RECIPE.network, ours, {"train": NOBODY, "eval": NOBODY}, lambda _: Load(None, 0, 0), {})
     with pytest.raises(SystemExit) as ended:
         exit_with(lambda: session.on(answer))
     assert ended.value.code == Rejected.exit_code == 3

@@ -39,6 +39,16 @@ def test_what_is_not_finite_is_null_in_the_record(tmp_path):
     assert (record["loss"], record["kl"], record["step"]) == (None, None, 3)
 
 
+def test_a_line_that_a_killed_writer_left_costs_no_other(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "rew')
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 2})
+        writer.write({"step": 3})
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    assert len([line for _, line in Tail(path).lines() if line.startswith(b'{"time_s"')]) == 2
+
+
 def test_a_rollout_of_an_older_run_is_read_with_defaults():
     old = (
         b'{"time_s": 1.0, "split": "train", "group": 4, "row": 2, "prompt": "2+2?", "completion": "4", "reward": 1.0, '

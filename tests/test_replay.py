@@ -215,7 +215,7 @@ async def sample(rundir: RunDir, recipe, model: Path) -> None:
     agreement = agree(keys.run_id, model, load_tokenizer(model), recipe)
     sets = {"train": DataSet(rows=100, fingerprint="t"), "eval": DataSet(rows=0, fingerprint="e")}
     newest = [None]
-    session = Session(recipe.network, agreement, sets, lambda held: Load(newest[0], 64 - 4 * len(held), 0), {})
+    session = Session("one", recipe.network, agreement, sets, lambda held: Load(newest[0], 64 - 4 * len(held), 0), {})
     link = Link(rundir, keys, recipe, session)
     async for news in link.messages():
         if isinstance(news, Lease):

@@ -98,7 +98,7 @@ class FakeEngine(threading.Thread):
         keys = open_keys(self._rundir.keys)
         sets = {"train": DataSet(rows=50, fingerprint="f"), "eval": DataSet(rows=3, fingerprint="e")}
         agreement = agreed(keys.run_id, **self._disagreement)
-        session = Session(RECIPE.network, agreement, sets, self._load, {})
+        session = Session("one", RECIPE.network, agreement, sets, self._load, {})
         self.link = link = Link(self._rundir, keys, RECIPE, session)
         async for message in link.messages():
             if isinstance(message, Pulse):

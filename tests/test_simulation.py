@@ -11,7 +11,7 @@ from tests.simulation.history import simulate
 from tests.simulation.mutants import MUTANTS, SEEDS, caught
 
 FEW, MANY = 200, 3000
-ENOUGH = 20
+ENOUGH = 10
 """Times that a fault must have been met in the few histories, or they prove nothing about it."""
 LOAD_BEARING = [mutant for mutant in MUTANTS if mutant.kinds]
 

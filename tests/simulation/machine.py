@@ -29,8 +29,8 @@ class Machine(Process):
         super().__init__(history.clock, history.dice.uniform(0.0, 1e6))
         self.history, self.dice, self.number, self.kind = history, history.dice, number, kind
         agreement = msgspec.structs.replace(AGREED, model="another") if kind == "foreign" else AGREED
-        self.session = Session(NETWORK, agreement, sets(history.plan), self._load, {})
         self.name = f"{kind} sampler {number}"
+        self.session = Session(f"{number:04}", NETWORK, agreement, sets(history.plan), self._load, {})
         self.capacity = SIZE["train"] * self.dice.randint(1, 6)
         self.pace = history.plan.group_s * self.dice.choice((1.0, 1.0, 1.0, 3.0))
         self.uplink = self.uplinks = 0
