@@ -4,7 +4,8 @@ import math
 
 from doctor.diagnosis import Finding
 from doctor.history import Seen
-from doctor.window import ERRORS, PARTIAL, Window, mean
+from doctor.window import ERRORS, Window, mean
+from protocol.recipe import Reward
 
 UNMARKED = 0.05
 """Share of all completions that are right and not paid."""
@@ -15,9 +16,11 @@ def extraction(window: Window) -> Finding | None:
     if not window.enough:
         return None
     right = [seen for seen in window.train if seen.gold is not None and seen.answers.get("last") == seen.gold]
-    paid = [seen for seen in window.train if seen.first > PARTIAL * window.full_score]
-    missed = [seen for seen in right if seen.first <= PARTIAL * window.full_score and not marked(seen)]
-    if len(missed) < max(UNMARKED * len(window.train), len(right) / 2) or sum(map(marked, paid)) < len(paid) / 2:
+    reward = window.recipe.reward[0]
+    paid = [seen for seen in window.train if seen.first > window.partial]
+    missed = [seen for seen in right if seen.first <= window.partial and not marked(seen, reward)]
+    looks = reward.function == "gsm8k" or 2 * sum(marked(seen, reward) for seen in paid) >= len(paid)
+    if not looks or len(missed) < max(UNMARKED * len(window.train), len(right) / 2):
         return None
     return Finding(
         evidence=f"in {len(missed)} of {len(window.train)} completions the last number is right and earns nothing, "
@@ -28,9 +31,11 @@ def extraction(window: Window) -> Finding | None:
     )
 
 
-def marked(seen: Seen) -> bool:
-    """A mark holds the right number; a reward that pays for others looks at something else than marks."""
-    return any(number == seen.gold for how, number in seen.answers.items() if how != "last")
+def marked(seen: Seen, reward: Reward) -> bool:
+    """A mark that the reward looks for holds the right number: of `gsm8k` its option `extractor`, of other functions
+    any. One that pays for others looks at something else than marks."""
+    own = (reward.options.get("extractor", "marks"),) if reward.function == "gsm8k" else set(seen.answers) - {"last"}
+    return any(seen.answers.get(how) == seen.gold for how in own)
 
 
 def accuracy_down(window: Window) -> Finding | None:

@@ -20,6 +20,20 @@ from protocol.snapshot import step_of
 
 DAMAGED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What a line that is no record of ours raises."""
+NEEDED = {
+    "step": (
+        "reward",
+        "accuracy",
+        "train/tokens",
+        "step_time",
+        "time/wait_s",
+        "time/publish_s",
+        "sampler/tokens_per_s",
+    ),
+    "exam": ("accuracy", "low", "high"),
+}
+"""Numbers without which a record of this kind counts as unreadable, so that who reads it may rely on them: what was
+not finite is null in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +55,7 @@ class Seen:
     repetition: float
     """Share of its 5-grams of words that came before, in [0, 1]."""
     after: int
-    """Characters behind its final answer mark; 0 without a mark."""
+    """Characters behind its answer mark, the first of those that agree with the last (text.py); 0 without one."""
     file: Path
     offset: int
 
@@ -76,6 +90,8 @@ class History:
     """By session, the records of metrics/sampler-*.jsonl, counted since that sampler's start."""
     unreadable: int = 0
     """Lines that are no records."""
+    scores: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """By `version`, the least and the most that the first reward function gave in training, of all completions ever."""
     _oldest: int = 0
     _tails: dict[Path, Tail] = field(default_factory=dict)
 
@@ -115,7 +131,7 @@ class History:
 
     def _trainer(self, record: dict) -> None:
         kind, step = record.get("kind"), record.get("step")
-        if not isinstance(step, int):
+        if not isinstance(step, int) or not all(is_number(record.get(name)) for name in NEEDED.get(kind, ())):
             self.unreadable += 1
         elif kind == "step":
             for records in (self.steps, self.exams, self.skipped):  # done again after a restart
@@ -140,10 +156,13 @@ class History:
         for offset, line in self._tails.setdefault(path, Tail(path)).lines():
             try:
                 rollout = msgspec.json.decode(line, type=Rollout)
-                version = step_of(rollout.snapshots[-1])
-            except (*DAMAGED, IndexError, ValueError):
+                version, first = step_of(rollout.snapshots[-1]), next(iter(rollout.rewards.values())) or 0.0
+            except (*DAMAGED, IndexError, StopIteration, ValueError):
                 self.unreadable += 1
                 continue
+            if rollout.split == "train":
+                low, high = self.scores.get(version, (first, first))
+                self.scores[version] = min(low, first), max(high, first)
             if version < self._oldest:
                 continue
             seen = Seen(
@@ -164,6 +183,10 @@ class History:
                 offset=offset,
             )
             (self.train if rollout.split == "train" else self.held_out).append(seen)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def version_of(record: dict) -> int:

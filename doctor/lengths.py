@@ -5,12 +5,14 @@ import statistics
 
 from doctor.diagnosis import Finding
 from doctor.history import Seen
-from doctor.window import LEAST, SOLVED, Window, halves, mean
+from doctor.window import ERRORS, LEAST, SOLVED, Window, accuracy_error, halves, mean
 
 CUT = 0.2
 """Share of completions cut at `sampling.max_tokens` above which answers are lost (TRL's issue 6219)."""
 NEARLY_ALL = 0.8
 """Cut: so few end that there is nothing to wait for."""
+LOST = 4
+"""Right answers that are missing among cut completions; fewer may be chance."""
 FALLING = 0.9
 """The later half of a window over the earlier: a model that learns to be brief needs no more room."""
 ENDLESS = 0.95
@@ -26,6 +28,8 @@ LOOP = 0.5
 LOOPING = 0.1
 LONGER = 2.0
 """Mean length over that of the first steps."""
+BETTER = 0.02
+"""A rise of accuracy, of the whole window, that pays for length; a smaller one beyond its error does, too."""
 
 
 def unfinished(window: Window) -> tuple[float, float]:
@@ -45,7 +49,8 @@ def truncation(window: Window) -> Finding | None:
     earlier, later = halves(window.steps, "completions/clipped_ratio")
     lasting = window.full and later > FALLING * earlier
     cut, ended = _right(window, True), _right(window, False)
-    lost = cut < 0.5 * ended or (share >= NEARLY_ALL and cut < SOLVED)
+    missing = (ended - cut) * share * len(window.train)
+    lost = (cut < 0.5 * ended and missing >= LOST) or (share >= NEARLY_ALL and cut < SOLVED)
     if share < CUT or not lost or not (lasting or share >= NEARLY_ALL):
         return None
     limit, silent = window.recipe.sampling.max_tokens, window.mean("frac_reward_zero_std")
@@ -136,8 +141,8 @@ def longer(window: Window) -> Finding | None:
         return None
     begin, end = window.begin, window.steps[-LEAST:]
     before, now = (mean(steps, "completions/mean_length") for steps in (begin, end))
-    right = mean(begin, "accuracy"), mean(end, "accuracy")
-    if not now >= LONGER * before or right[1] > right[0] + 0.05:
+    right = mean(begin, "accuracy"), window.mean("accuracy")
+    if not now >= LONGER * before or right[1] > right[0] + min(BETTER, ERRORS * accuracy_error(window)):
         return None
     limit = window.recipe.sampling.max_tokens
     return Finding(

@@ -31,14 +31,15 @@ def slow_sampler(window: Window) -> Finding | None:
         return None
     trainer, sampler = window.recipe.trainer, window.recipe.sampler
     wanted = trainer.prompts_per_step * window.recipe.sampling.group_size
+    engines = max(1, sampler.gpus // sampler.tensor_parallel)
     seconds = sum(step["step_time"] for step in steps) / len(steps)
     if trainer.max_staleness == 0:
         advice = "trainer.max_staleness = 1: samplers then work while the trainer does"
-    elif sampler.max_running < wanted:
-        advice = f"sampler.max_running = {wanted}: a step needs so many completions"
+    elif sampler.max_running * engines < wanted:
+        advice = f"sampler.max_running = {math.ceil(wanted / engines)}: a step needs {wanted} completions"
     else:
-        more = math.ceil(sampler.gpus * min(4.0, 1 / max(0.05, 1 - share)))
-        advice = f"sampler.gpus = {max(sampler.gpus + 1, more)}: or start more samplers, on any machine"
+        more = max(engines + 1, math.ceil(engines * min(4.0, 1 / max(0.05, 1 - share))))
+        advice = f"sampler.gpus = {more * sampler.tensor_parallel}: or start more samplers, on any machine"
     return Finding(
         evidence=f"the trainer waits for groups {share:.0%} of its time ({seconds:.1f} s a step); samplers give "
         f"{window.mean('sampler/tokens_per_s'):.0f} tokens/s, it could train {window.mean('train/tokens_per_s'):.0f}",
@@ -52,7 +53,7 @@ def slow_trainer(window: Window) -> Finding | None:
     stored = sum(step["time/publish_s"] for step in steps) / max(1e-9, sum(step["step_time"] for step in steps))
     if len(steps) < STEADY or idle is None or idle < IDLE or waited(steps) > 0.1:
         return None
-    if not all(step["train/tokens"] for step in steps):  # nothing to train is not slow
+    if sum(step["train/tokens"] > 0 for step in steps) < STEADY:  # nothing to train is not slow
         return None
     if stored > 0.5:
         advice = "trainer.checkpoint_every: raise it, or put the run directory on a faster disk"

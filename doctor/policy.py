@@ -5,7 +5,7 @@ import math
 from doctor.diagnosis import Finding
 from doctor.window import LEAST, Window, mean, risen
 
-COLLAPSED = 0.05
+COLLAPSED, FALLEN = 0.05, 0.2
 """Nats a token, and share of the entropy of the first steps: the next token is certain, all completions are alike."""
 GAP = 0.15
 """Mean |log-prob of the trainer - of the sampler| in nats; measured: 5e-6 in float32, 0.03 to 0.1 in bfloat16."""
@@ -17,6 +17,8 @@ HUGE = 1e4
 """A reward of this size is an error of the function, not a score."""
 OLD = 3.0
 """Mean optimizer steps between the weights that sampled a token and those that it trains."""
+UNREAD = 3
+"""Snapshots that samplers could not read within a window; one may be a slow disk, and the next one is read."""
 
 
 def no_gradient(window: Window) -> Finding | None:
@@ -52,7 +54,7 @@ def _why_no_gradient(window: Window, steps: list[dict]) -> tuple[str, str]:
 
 def collapse(window: Window) -> Finding | None:
     before, now = (mean(steps, "entropy") for steps in (trained(window.begin), trained(window.steps)[-LEAST:]))
-    if not window.enough or not now < min(COLLAPSED, COLLAPSED * before):
+    if not window.enough or not now < min(COLLAPSED, FALLEN * before):
         return None
     objective, rate = window.recipe.objective, window.recipe.optimizer.learning_rate
     if objective.entropy_bonus:
@@ -108,9 +110,9 @@ def stale(window: Window) -> Finding | None:
     if len(window.steps) < LEAST or not window.grouped:
         return None
     age, unread = window.mean("staleness/mean"), risen(window, "snapshots_unreadable")
-    if not age >= OLD and not unread:
+    if not age >= OLD and unread < UNREAD:
         return None
-    if unread:
+    if unread >= UNREAD:
         return Finding(
             evidence=f"samplers could not read {unread:.0f} snapshots and went on with old weights, on average "
             f"{age:.1f} steps old",

@@ -20,6 +20,18 @@ def repetition(text: str) -> float:
 
 
 def tail_after_answer(text: str) -> int:
-    """Characters behind the first answer mark (`#### 5`, `\\boxed{5}`, `<answer>5</answer>`); 0 without one."""
-    found = MARK.search(text)
-    return len(text[found.end() :].strip()) if found else 0
+    """Characters behind the answer mark (`#### 5`, `\\boxed{5}`, `<answer>5</answer>`); 0 without one.
+
+    Marks among thoughts are none: what counts is behind the last `</think>`. Of several, the first one is meant where
+    all hold the same number; else the model was still working, and the last one is.
+    """
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    marks = list(MARK.finditer(text))
+    if not marks:
+        return 0
+    mark = marks[0] if len({digits(found[0]) for found in marks}) == 1 else marks[-1]
+    return len(text[mark.end() :].strip())
+
+
+def digits(mark: str) -> str:
+    return "".join(letter for letter in mark if letter.isdigit() or letter in "-./").strip("./")

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Self
 
 from doctor.history import History, Seen, version_of
-from protocol.recipe import Recipe
+from protocol.recipe import Recipe, Reward
 
 SIZE = 8
 """Steps in a window: enough to tell a trend from one bad batch, few enough to speak within the first minutes."""
@@ -40,6 +40,8 @@ class Window:
     held_out: list[Seen]
     """Completions of the last exam."""
     skipped: list[dict]
+    scores: tuple[float, float]
+    """The least and the most that the first reward function gave since the run began; (0, 0) before."""
     samplers: list[list[dict]]
     """For each session its records under these weights, and the one before as a base of its counters."""
 
@@ -59,6 +61,7 @@ class Window:
             train=between(history.train, oldest, last - 1, lambda seen: seen.version),
             exams=exams,
             held_out=held_out(history, exams),
+            scores=extremes(history, last - 1),
             skipped=[skip for skip in history.skipped if first <= skip["step"] < after],
             samplers=[with_base(records, oldest, last) for records in history.samplers.values()],
         )
@@ -77,11 +80,20 @@ class Window:
         """Whether completions are sampled and compared with one another, which demonstrations are not."""
         return self.recipe.objective.name != "sft" and self.recipe.sampling.group_size > 1
 
+    @cached_property
+    def full_score(self) -> float | None:
+        """What the first reward function gives at best, or has given so far where nobody says; None while such a
+        function gave the same to all and few of these were right."""
+        known = best_value(self.recipe.reward[0])
+        if known is not None and known > 0:
+            return known
+        low, high = self.scores
+        return high if high > 0 and (low < high or self.share(solved) > SOLVED) else None
+
     @property
-    def full_score(self) -> float:
-        """Of the first reward function: its option `correct`, or 1 where it has none, as is usual."""
-        correct = self.recipe.reward[0].options.get("correct", 1.0)
-        return float(correct) if isinstance(correct, int | float) and correct > 0 else 1.0
+    def partial(self) -> float:
+        """Above this the first reward function has found more than a consolation."""
+        return PARTIAL * (self.full_score or 0.0)
 
     @property
     def loss_note(self) -> str:
@@ -90,11 +102,12 @@ class Window:
 
     @cached_property
     def groups(self) -> list[list[Seen]]:
-        """Whole groups."""
+        """Whole groups; of one that a sampler did again after a restart of the trainer, the newest completions."""
+        size = self.recipe.sampling.group_size
         found: dict[tuple, list[Seen]] = {}
         for seen in self.train:
             found.setdefault((seen.file, seen.group), []).append(seen)
-        return [group for group in found.values() if len(group) == self.recipe.sampling.group_size]
+        return [group[-size:] for group in found.values() if len(group) >= size]
 
     @cached_property
     def reward_names(self) -> list[str]:
@@ -112,6 +125,33 @@ class Window:
     def newest(self, holds: Callable[[Seen], bool]) -> list[Seen]:
         """Up to three training completions that show something, of prompts that differ, the newest first."""
         return newest(self.train, holds)
+
+
+def best_value(reward: Reward) -> float | None:
+    """The most that a function gives; None for a user's own without an option `correct`."""
+    correct = reward.options.get("correct")
+    if isinstance(correct, int | float):
+        return float(correct)
+    if ":" in reward.function:
+        return None
+    return 0.0 if reward.function in ("overlong", "repetition") else 1.0  # those two only take off
+
+
+def solved(seen: Seen) -> bool:
+    """One of its numbers is right, whatever it earns."""
+    return seen.gold is not None and seen.gold in seen.answers.values()
+
+
+def accuracy_error(window: Window) -> float:
+    """Standard error of the mean accuracy, with groups as clusters, whose completions are alike."""
+    shares = [sum(seen.right for seen in group) / len(group) for group in window.groups]
+    return statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else 1.0
+
+
+def extremes(history: History, version: int) -> tuple[float, float]:
+    """Of the first function's scores by weights up to `version`."""
+    found = [score for scores in history.scores.items() if scores[0] <= version for score in scores[1]]
+    return (min(found), max(found)) if found else (0.0, 0.0)
 
 
 def held_out(history: History, exams: list[dict]) -> list[Seen]:

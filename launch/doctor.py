@@ -1,6 +1,7 @@
 """Says what is wrong with a run, from its files: beside it, after it, on another machine."""
 
 import argparse
+import json
 from pathlib import Path
 
 import msgspec
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> int:
     course.follow()
     diagnoses = course.diagnoses()
     if options.json:
-        print(msgspec.json.format(msgspec.json.encode(diagnoses)).decode())
+        print(json.dumps(msgspec.to_builtins(diagnoses), indent=2))  # ASCII: text of models commands no terminal
     else:
         tell(course, diagnoses)
     return 1 if course.holding else 0

@@ -164,7 +164,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, float]:
     completions are right after than before. p: exact two-sided sign test, with one sample a prompt the exact McNemar
     test (1947). Raises UserError where the prompts are not the same.
     """
-    refuse_other_prompts(before, after.fingerprint, after.data)
+    refuse_other_prompts(before, after.fingerprint, after.data, len(after.prompts))
     rows = [one.row for one in before.prompts], [one.row for one in after.prompts]
     if rows[0] != rows[1]:
         missing = len(set(rows[0]) ^ set(rows[1]))
@@ -176,12 +176,12 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, float]:
     return figures | {"p": sign_test(wins, losses), "n": len(old)}
 
 
-def refuse_other_prompts(before: Evaluation, fingerprint: str, data: str) -> None:
-    """Raises UserError where another evaluation answers other prompts, which `fingerprint` tells."""
+def refuse_other_prompts(before: Evaluation, fingerprint: str, data: str, count: int) -> None:
+    """Raises UserError where another evaluation answers other prompts, `count` of them, which `fingerprint` tells."""
     if before.fingerprint != fingerprint:
         raise UserError(
-            f"cannot compare: {before.snapshot} answered {len(before.prompts)} prompts of {before.data}, not these of "
-            f"{data}; evaluate both with the same data, limit, prompt settings and tokenizer"
+            f"cannot compare: {before.snapshot} answered {len(before.prompts)} prompts of {before.data}, not these "
+            f"{count} of {data}; evaluate both with the same data, limit, prompt settings and tokenizer"
         )
 
 

@@ -63,7 +63,7 @@ def run(
     directory = found(candidate)
     prompts = load_prompts(source, limit, candidate.recipe.data, load_tokenizer(directory))
     if against:
-        refuse_other_prompts(against, fingerprint(prompts), source)
+        refuse_other_prompts(against, fingerprint(prompts), source, len(prompts))
     try:
         progress = asyncio.run(answered(candidate, directory, prompts, out))
     except BaseExceptionGroup as group:

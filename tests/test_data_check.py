@@ -58,6 +58,13 @@ def test_doubtful_rows_are_warned_of(check):
     assert "1 of 22 answers hold no number" in out and "row 21 (from 0): 'nobody'" in out
 
 
+def test_the_same_rows_for_both_are_warned_of(check, tmp_path):
+    code, out = check(GOOD, None, f"data.eval={tmp_path}/train.jsonl", "data.eval_limit=3")
+    [line] = said(out, "warning")
+    assert code == 0 and "data.train and data.eval are both" in line and "trained prompts" in line
+    assert "train.jsonl: 20 rows" in out and "train.jsonl: 3 rows" in out
+
+
 def test_answers_that_completions_have_no_room_for_are_warned_of(check):
     code, out = check(GOOD, None, "sampling.max_tokens=10")
     [line] = said(out, "warning")

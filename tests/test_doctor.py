@@ -10,13 +10,14 @@ import pytest
 
 from doctor.course import Course
 from doctor.history import History
+from doctor.rules import RULES
 from doctor.window import SIZE
 from launch.doctor import main
 from protocol.errors import UserError
 from protocol.metrics import MetricsWriter
 from protocol.rundir import RunDir
 from tests.diseases import recorded, unpack
-from tests.diseases.table import DISEASES
+from tests.diseases.table import DISEASES, MADE_UP
 from tests.test_doctor_rules import STEP
 from trainer.checkup import Checkup
 
@@ -47,11 +48,10 @@ def test_the_disease_of_a_recorded_run_is_seen_and_no_other(streams, name):
         assert len(one.examples) <= 3
 
 
-def test_every_disease_has_its_recording():
-    assert set(recorded()) <= set(DISEASES)
-    missing = set(DISEASES) - set(recorded())
-    if missing:
-        pytest.skip(f"not recorded yet: {', '.join(sorted(missing))}")
+def test_every_disease_has_its_recording_and_every_rule_a_disease_or_a_reason():
+    assert set(recorded()) == set(DISEASES)
+    shown = set().union(*(disease.shows for disease in DISEASES.values()))
+    assert shown | set(MADE_UP) == set(RULES) and not shown & set(MADE_UP)
 
 
 def test_a_run_that_is_followed_says_what_it_says_afterwards(streams, tmp_path):
@@ -128,11 +128,12 @@ def test_a_disease_is_said_once_and_again_only_after_it_was_away(tmp_path, caplo
 
 def test_an_error_of_the_doctor_is_counted_and_said_once_and_stops_nothing(tmp_path, caplog):
     run = Growing(tmp_path)
-    for number in range(1, 5):
-        run.step(number, step_time="soon")  # a record that no trainer writes
+    (run.rundir.metrics / "sampler-a.jsonl").mkdir()  # which no sampler does
+    for number in range(1, 3):
+        run.step(number)
         run.checkup.look()
     run.checkup.end()
-    assert run.checkup.failed == 3  # the first step alone is not asked for its time
+    assert run.checkup.failed == 3
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
 
 
@@ -209,12 +210,15 @@ def test_a_healthy_run_says_what_was_looked_at(streams, capsys):
 def test_text_of_a_model_commands_no_terminal(tmp_path, capsys):
     run = Growing(tmp_path)
     for number in range(1, 4):
-        run.rollouts(number - 1, "\x1b[2J" + "go on \x07" * 40)
+        run.rollouts(number - 1, "\x1b[2J\u202e" + "go on \x07" * 40)
         run.step(number)
     assert main([str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "repetition" in out
     assert not {character for character in out if ord(character) < 32} - {"\n"}
+    assert main([str(tmp_path), "--json"]) == 1
+    out = capsys.readouterr().out
+    assert out.isascii() and "\\u202e" in out
 
 
 def test_damaged_lines_are_counted_and_a_directory_without_a_run_is_refused(tmp_path, capsys):
@@ -222,8 +226,15 @@ def test_damaged_lines_are_counted_and_a_directory_without_a_run_is_refused(tmp_
     run.step(1)
     with (run.rundir.metrics / "trainer.jsonl").open("ab") as file:
         file.write(b"{\xff\n" + msgspec.json.encode({"kind": "step"}) + b"\n")
-    (run.rundir.rollouts / "b.jsonl").write_bytes(b'{"split": "train"}\n')
+    for number, figures in ((2, {"step_time": None}), (3, {"reward": "much"})):
+        run.step(number, **figures)
+    with MetricsWriter(run.rundir.metrics / "trainer.jsonl") as writer:
+        writer.write({"kind": "exam", "step": 3, "accuracy": 0.5})
+    run.rollouts(0)
+    file = run.rundir.rollouts / "a.jsonl"
+    unrewarded = json.loads(file.read_text().splitlines()[0]) | {"rewards": {}}
+    (run.rundir.rollouts / "b.jsonl").write_text('{"split": "train"}\n' + json.dumps(unrewarded) + "\n")
     assert main([str(tmp_path)]) == 0
-    assert "3 unreadable lines" in capsys.readouterr().out
+    assert "1 step, 16 completions, 7 unreadable lines" in capsys.readouterr().out
     with pytest.raises(UserError):
         main([str(tmp_path / "nothing")])

@@ -67,7 +67,9 @@ def window(count: int = 8, overrides: tuple[str, ...] = (), seen: dict | None = 
     for number in range(1, count + 1):
         changed = {name: figure(number) if callable(figure) else figure for name, figure in figures.items()}
         history.steps.append({**STEP, "kind": "step", "step": number, **changed})
-        history.train += completions(number - 1, **(seen or {}))
+        made = completions(number - 1, **(seen or {}))
+        history.train += made
+        history.scores[number - 1] = min(one.first for one in made), max(one.first for one in made)
     return Window.at(history, count)
 
 
@@ -75,11 +77,16 @@ def spoken(made: Window) -> list[str]:
     return list(examine(made))
 
 
+OWN = ('reward=[{function="own.py:score"}]',)
 BOTH = ('reward=[{function="gsm8k"}, {function="format", weight=0.5}]',)
 
 
 def with_format(value: float) -> dict:
     return {"rewards": lambda i: {"gsm8k": 0.0, "format": value}, "reward": lambda i: 0.01 * i}
+
+
+FORMED = {"count": 12, "overrides": BOTH, "seen": with_format(1.0)}
+HALF_SOLVED = {"count": 40, "rewards": lambda i: {"gsm8k": float(i > 15)}}
 
 
 STREAMS: list[tuple[str, dict, dict]] = [
@@ -92,13 +99,26 @@ STREAMS: list[tuple[str, dict, dict]] = [
     ),
     ("dead groups: all wrong", {"seen": scored(0.0)}, {"seen": scored(0.0) | {"reward": lambda i: i % 2 * 0.1}}),
     ("dead groups: all right", {"seen": scored(1.0)}, {"seen": scored(1.0) | {"reward": lambda i: i % 8 * 0.1}}),
+    (
+        "dead groups: all right",  # three in five, the other two all wrong
+        {"seen": HALF_SOLVED | {"reward": lambda i: float(i > 15)}},
+        {"seen": HALF_SOLVED | {"reward": lambda i: float(i > 15) + i % 8 * (i > 23)}},
+    ),
     ("reward trap", {"seen": scored(0.1)}, {"seen": scored(0.6) | {"reward": lambda i: i % 8 * 0.1}}),
+    (  # of a user's own function nobody knows the best
+        "reward trap",
+        {"overrides": OWN, "seen": scored(0.7)},
+        {"overrides": OWN, "seen": {"rewards": lambda i: {"own": 0.5 * (i % 10 < 7)}, "answers": {"last": "7"}}},
+    ),
     (
         "reward trap",
-        {"overrides": BOTH, "seen": with_format(1.0), "rewards/format/mean": lambda step: min(1.0, 0.3 * step)}
-        | {"accuracy": 0.02},
-        {"overrides": BOTH, "seen": with_format(1.0), "rewards/format/mean": lambda step: min(1.0, 0.3 * step)}
-        | {"accuracy": lambda step: 0.05 * step},
+        {**FORMED, "rewards/format/mean": lambda step: float(step > 2), "accuracy": 0.02},
+        {**FORMED, "rewards/format/mean": lambda step: float(step > 2), "accuracy": lambda step: 0.3 + 0.003 * step},
+    ),
+    (
+        "reward trap",
+        {**FORMED, "rewards/format/mean": lambda step: float(step > 2), "accuracy": 0.02},
+        {**FORMED, "rewards/format/mean": lambda step: min(1.0, 0.1 * step), "accuracy": 0.02},  # only just learned
     ),
     ("loss 0", {"loss": 0.0, "grad_norm": 0.0}, {"loss": 0.0}),
     (
@@ -109,11 +129,18 @@ STREAMS: list[tuple[str, dict, dict]] = [
     ("text after the end", {"seen": {"specials": lambda i: i % 5 == 0}}, {"seen": {"specials": lambda i: i == 0}}),
     ("text after the end", {"seen": {"after": lambda i: i % 4 // 3 * 200}}, {"seen": {"after": 40}}),
     ("repetition", {"seen": {"repetition": lambda i: 0.9 * (i % 5 == 0)}}, {"seen": {"repetition": 0.4}}),
+    (  # one in a hundred is right where there is room: chance
+        "truncation trap",
+        {"seen": {"truncated": lambda i: i % 5 > 1}, "completions/clipped_ratio": 0.6},
+        {"seen": scored(0.0) | {"truncated": lambda i: i % 5 > 1, "reward": lambda i: i % 8 * 0.1}}
+        | {"completions/clipped_ratio": 0.6},
+    ),
     (
         "length explosion",
         {"completions/mean_length": lambda step: 50.0 * step},
         {"completions/mean_length": lambda step: 50.0 * step, "accuracy": lambda step: 0.05 * step},
     ),
+    ("entropy collapse", {"entropy": lambda step: 0.3 if step < 4 else 0.04}, {"entropy": 0.04}),
     ("entropy collapse", {"entropy": lambda step: 2 / 4**step}, {"entropy": lambda step: max(0.1, 2 / 4**step)}),
     (
         "extraction failed",
@@ -123,7 +150,18 @@ STREAMS: list[tuple[str, dict, dict]] = [
     (
         "extraction failed",
         {"seen": {"answers": lambda i: {"marks": "7" if i % 5 < 2 else None, "last": "7"}}},
-        {"seen": {"answers": {"marks": None, "last": "7"}}},  # two in five are paid without a mark
+        {"overrides": OWN, "seen": {"answers": {"marks": None, "last": "7"}}},  # two in five are paid without a mark
+    ),
+    (
+        "extraction failed",  # the function looks at one mark, the model writes another
+        {"seen": {"answers": {"marks": "7", "last": "7"}, **scored(0.0)}}
+        | {"overrides": ('reward=[{function="gsm8k", options={extractor="heading"}}]',)},
+        {"seen": {"answers": {"marks": "7", "last": "7"}, **scored(0.0), "reward": lambda i: 0.1 * i}},
+    ),
+    (
+        "extraction failed",  # of the own function it is not known whether it looks for marks at all
+        {"overrides": OWN, "seen": {"answers": {"marks": None, "last": "7"}, **scored(0.0)}},
+        {"overrides": OWN, "seen": {"answers": {"last": "7"}, "rewards": lambda i: {"own": i % 8 * 0.1}}},
     ),
     ("drift", {"sampling/sampling_logp_difference/mean": 0.2}, {"sampling/sampling_logp_difference/mean": 0.1}),
     ("drift", {"correction/masked_fraction": 0.3}, {"correction/masked_fraction": 0.1}),
@@ -141,6 +179,16 @@ STREAMS: list[tuple[str, dict, dict]] = [
         {"overrides": ("optimizer.learning_rate=1e-4", "lora.rank=8")},
     ),
     (
+        "learning rate",
+        {"overrides": ("optimizer.learning_rate=5e-3", "lora.rank=8")},
+        {"overrides": ("optimizer.learning_rate=1e-3", "lora.rank=8")},
+    ),
+    (
+        "rewards constant",
+        {"overrides": BOTH, "seen": with_format(0.0), "rewards/format/mean": 0.0},
+        {"overrides": BOTH, "seen": with_format(1.0), "rewards/format/mean": 1.0},
+    ),
+    (
         "rewards constant",
         {"overrides": BOTH, "seen": with_format(0.0), "rewards/format/mean": 0.0},
         {"overrides": BOTH, "seen": with_format(0.0), "rewards/format/mean": 0.2},
@@ -156,7 +204,7 @@ def test_a_rule_speaks_above_its_threshold_and_not_below(rule, ill, well):
     assert finding.evidence and len(finding.examples) <= 3
     assert finding.advice.partition(":")[2], "names a setting, then says why"
     assert rule not in spoken(window(**well))
-    assert rule not in spoken(window(count=2, **ill)), "two steps are not enough"
+    assert rule not in spoken(window(**ill | {"count": 2})), "two steps are not enough"
 
 
 def test_a_healthy_stream_is_healthy():
@@ -175,7 +223,7 @@ def with_samplers(figures: dict, records: list[dict], **changes) -> Window:
     [
         ("reward failures", {"gsm8k/errors": 4, "gsm8k/timeouts": 0}, {"gsm8k/errors": 0, "gsm8k/timeouts": 0}),
         ("reward failures", {"gsm8k/errors": 0, "gsm8k/timeouts": 4}, {"gsm8k/errors": 1, "gsm8k/timeouts": 0}),
-        ("stale weights", {"snapshots_unreadable": 1}, {"snapshots_unreadable": 0}),
+        ("stale weights", {"snapshots_unreadable": 3}, {"snapshots_unreadable": 2}),
         ("slow trainer", {"busy_s": 5.0}, {"busy_s": 50.0}),
     ],
 )
@@ -285,6 +333,11 @@ def test_the_group_size_that_is_proposed_gives_half_of_the_groups_a_right_one(so
         ("#### 2 apples.\nI hope it helps", 15),
         ("so \\boxed{2}. Thanks", 8),
         ("<answer>2</answer> ok", 2),
+        ("so \\boxed{2}. Wait, no. It is \\boxed{3}. Yes", 5),
+        ("#### 2\nand once more\n#### 2", len("and once more\n#### 2")),
+        ("#### 1,080\nthe same: \\boxed{1080}", len("the same: \\boxed{1080}")),
+        ("<think>so \\boxed{2}? Let me check. Yes.</think> It is \\boxed{2}.", 1),
+        ("<think>so \\boxed{2}? Let me check", 0),
         ("#### Step 1: look\n#### 1. Add them\nit is 2", 0),
         ("#### " + "1" * 10_000, 0),
     ],
@@ -306,6 +359,39 @@ def test_every_rule_has_a_stream_here():
         "not finite",
     }
     assert shown == set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (("sampler.max_running=8",), "sampler.max_running = 64"),
+        (("sampler.max_running=32", "sampler.gpus=4", "sampler.tensor_parallel=2"), "sampler.gpus = 10"),
+        (("sampler.max_running=20", "sampler.gpus=4", "sampler.tensor_parallel=2"), "sampler.max_running = 32"),
+    ],
+)
+def test_engines_side_by_side_share_the_completions_of_a_step(overrides, advice):
+    made = window(overrides=("trainer.prompts_per_step=8", *overrides), **{"time/wait_s": 6.0})
+    assert RULES["slow sampler"](made).advice.partition(":")[0] == advice
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"marks": "7", "last": "7"}, ["dead groups: all right"]),
+        ({"marks": "9", "last": "9"}, ["reward trap"]),
+        ({}, []),
+    ],
+)
+def test_a_score_that_never_varies_is_judged_by_the_numbers_that_it_pays(answer, said):
+    made = window(overrides=OWN, seen=scored(0.1) | {"answers": answer})
+    assert spoken(made) == said
+    assert not said or "0.1" in examine(made)[said[0]].evidence
+
+
+def test_a_group_that_was_sampled_again_counts_once():
+    made = window(count=3)
+    again = replace(made, train=sorted(made.train + made.train, key=lambda seen: seen.version))
+    assert len(again.groups) == len(made.groups) == 12
 
 
 def test_a_reward_that_no_gradient_can_take_is_named():

@@ -251,7 +251,7 @@ def test_several_samples_a_prompt_are_compared_by_their_mean():
 
 def test_evaluations_of_other_prompts_are_not_compared():
     one = evaluation([answered(0, [True]), answered(1, [True])])
-    with pytest.raises(UserError, match="answered 2 prompts of d, not these of d"):
+    with pytest.raises(UserError, match="answered 2 prompts of d, not these 2 of d"):
         compare(one, evaluation(one.prompts, fingerprint="g"))
     with pytest.raises(UserError, match="1 prompts have a result on one side only"):
         compare(one, evaluation(one.prompts[:1]))

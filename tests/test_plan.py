@@ -1,8 +1,13 @@
 """What a run needs, foretold: the arithmetic against torch's and peft's own, the verdict, and the command itself."""
 
 import json
+import os
+import re
+import shutil
 import socket
+from dataclasses import replace as replace_shape
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +24,7 @@ from launch.plan.placement import place
 from launch.plan.proposal import nearest
 from launch.plan.shape import Shape, shape_of
 from launch.plan.storage import storage_need
-from launch.plan.surroundings import filesystem, unbindable, unwritable, versions
+from launch.plan.surroundings import filesystem, free_bytes, unbindable, unwritable, versions
 from policy.logprobs import pack
 from policy.model import add_adapter, load_model
 from protocol.errors import UserError
@@ -139,6 +144,18 @@ def test_what_changes_nothing_in_the_result_is_proposed_first(qwen):
     assert changes and all("lora" not in change and "kl_beta" not in change for change in changes)
 
 
+def test_an_engine_gets_more_of_its_gpu_or_more_gpus_where_the_weights_leave_no_room(qwen):
+    adapters = Path("recipes/gsm8k-lora.toml")
+    little, enough = ["sampler.gpu_memory=0.3"], machine.described(3, 14)
+    assert place(qwen, load(adapters, little), enough, 300).problem.startswith("the KV cache does not hold")
+    assert nearest(adapters, little, qwen, enough, 300)[0] == ["sampler.gpu_memory=0.45"]
+    wide = replace_shape(qwen, parameters=15_000_000_000)
+    changes, found = nearest(adapters, [], wide, machine.described(6, 32), 300)
+    assert {"sampler.gpus=2", "sampler.tensor_parallel=2"} <= set(changes) and not found.problem
+    odd = replace_shape(wide, heads=13)  # vLLM divides them
+    assert nearest(adapters, [], odd, machine.described(6, 32), 300) is None
+
+
 def test_where_gpus_are_few_both_workers_share_them(qwen):
     [gpu, _] = place(qwen, load(None), machine.described(1, 80), 512).devices
     apart = place(qwen, load(None), machine.described(3, 80), 512)
@@ -153,6 +170,7 @@ def test_a_full_checkpoint_is_as_large_as_deepspeed_writes_it():
         layers=30,
         hidden=576,
         inner=1536,
+        heads=9,
         query=576,
         key=192,
         vocabulary=49152,
@@ -167,13 +185,13 @@ LLAMA = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536
 
 
 def test_lengths_that_cannot_work_are_refused_with_the_way_out():
-    found = {"rows": lengths([10, 20, 30, 600], 512)}
-    assert found["rows"].words() == "4 rows, tokens p50 30, p95 600, max 600"
+    found = [("rows", lengths([10, 20, 30, 600], 512))]
+    assert found[0][1].words() == "4 rows, tokens p50 30, p95 600, max 600"
     [line] = refusals(found, load(None), 4096)
     assert "1 of 4 prompts" in line and "data.max_prompt_tokens = 600" in line
-    [line] = refusals({"rows": lengths([10, 20], 512)}, load(None), 800)
+    [line] = refusals([("rows", lengths([10, 20], 512))], load(None), 800)
     assert "1024 tokens, more than the model's 800" in line and "set data.max_prompt_tokens = 288" in line
-    [line] = refusals({"rows": lengths([400], 512)}, load(None), 800)
+    [line] = refusals([("rows", lengths([400], 512))], load(None), 800)
     assert "set sampling.max_tokens = 288" in line
 
 
@@ -207,6 +225,7 @@ def test_the_command_says_what_a_run_needs(tmp_path, tiny, capsys):
     recipe = recipe_of(tmp_path, tiny)
     assert main([str(recipe), "--run", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
+    assert re.search(r"activations: [\d.]+ GiB with gradient checkpointing, [\d.]+ without; now with\n", out)
     for words in ("40 rows", "sampler x1", "rank x2", "optimizer", "KV cache", "128 completions", "this can run"):
         assert words in out
     assert not (tmp_path / "run").exists()
@@ -234,3 +253,30 @@ def test_the_command_refuses_with_one_line_each_and_exit_code_2(tmp_path, tiny, 
     assert len(refused) == 3 and "192.0.2.1" in refused[-1] and "positions" in refused[0]
     with pytest.raises(UserError, match="--gpu-gb and --gpus"):
         main([str(recipe), "--gpus", "2"])
+    with pytest.raises(UserError, match="--gpus 0 --gpu-gb 24: expected at least one GPU"):
+        main([str(recipe), "--gpus", "0", "--gpu-gb", "24"])
+
+
+def test_the_same_rows_for_training_and_evaluation_are_warned_of_with_each_limit(tmp_path, tiny, capsys):
+    recipe = recipe_of(tmp_path, tiny)
+    flags = ["--set", f"data.eval={tmp_path}/rows.jsonl", "--set", "data.eval_limit=7"]
+    assert main([str(recipe), "--run", str(tmp_path / "run"), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "rows.jsonl: 40 rows" in out and "rows.jsonl: 7 rows" in out
+    assert "warning   data.train and data.eval are both" in out
+
+
+def test_what_vanishes_while_a_disk_is_measured_counts_nothing(tmp_path, monkeypatch):
+    for name in ("gone", "kept"):
+        (tmp_path / name).write_bytes(bytes(5000))
+    (tmp_path / "link").symlink_to("kept")
+    walk = os.walk
+
+    def listed_then_removed(path):
+        for folder in walk(path):
+            (tmp_path / "gone").unlink(missing_ok=True)
+            yield folder
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    monkeypatch.setattr(os, "walk", listed_then_removed)
+    assert free_bytes(tmp_path) == 5001

@@ -13,6 +13,7 @@ from launch.probe.figures import answers, figures, grouped, histogram, rewards
 from launch.probe.forecast import (
     DirichletMultinomial,
     all_equal,
+    completions_for_one,
     dead_share,
     forecast,
     good_size,
@@ -78,6 +79,15 @@ def test_larger_groups_are_foretold(parameters):
     drawn = [random.choice(len(parameters), 8, p=one).tolist() for one in chances]
     for size in (16, 64):
         assert dead_share(drawn, size) == pytest.approx((chances**size).sum(axis=1).mean(), abs=0.02)
+
+
+def test_larger_groups_never_cost_less_for_one_that_teaches():
+    """The chance that a group teaches is concave in its size, and so no warning proposes a larger one."""
+    random = np.random.default_rng(0)
+    for values in (2, 3):
+        drawn = [random.choice(values, 8, p=one).tolist() for one in random.dirichlet([0.2] * values, 200)]
+        costs = [completions_for_one(size, dead_share(drawn, size)) for size in range(2, 9)]
+        assert all(more >= less - 1e-9 for less, more in itertools.pairwise(costs))
 
 
 def test_a_good_size_and_the_groups_of_a_step():
@@ -232,10 +242,12 @@ DISEASES = {
     "all completions are wrong, and every reward is 0: nothing can be learned. Choose easier": every(
         lambda g, i: rollout(g, 0.0, "#### 6")
     ),
-    "60% of the groups teach nothing. Set trainer.refill = 1.0, which puts others in their place, or": every(
+    "60% of the groups teach nothing: 20 completions for one that does, and larger groups cost more. Set "
+    "trainer.refill = 1.0, which puts others in their place. Choose easier": every(
         lambda g, i: rollout(g, *((1.0,) if i == 0 and g % 5 < 2 else (0.0, "#### 6")))
     ),
-    "75% of the groups teach nothing, and no group size up to 64 mends it": every(
+    "75% of the groups teach nothing: 32 completions for one that does, and larger groups cost more. Set "
+    "trainer.refill = 1.0, which puts others in their place. Choose harder": every(
         lambda g, i: rollout(g, float(g % 4 > 0 or i < 4))
     ),
 }
@@ -298,7 +310,14 @@ def test_why_nothing_is_known_is_said(tmp_path):
     assert "answered in 1m00s at 100 tokens/s; use more --seconds" in nothing(probed(), out)
 
 
+def test_demonstrations_are_not_probed(tmp_path):
+    with pytest.raises(UserError, match="samples nothing: nothing to probe"):
+        main(["recipes/demo-sft.toml", "--out", str(tmp_path / "x.json")])
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_ended_the_sampler_is_said(tmp_path):
-    with pytest.raises(RunError, match="samples nothing: nothing to probe") as error:
-        main(["recipes/demo-sft.toml", "--out", str(tmp_path / "p" / "x.json")])
+    arguments = ["recipes/demo.toml", "--set", f"model.path={tmp_path}/none"]
+    with pytest.raises(RunError, match="none") as error:
+        main([*arguments, "--out", str(tmp_path / "p" / "x.json")])
     assert error.value.exit_code == 2 and "x.log" in str(error.value)

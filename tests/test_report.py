@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 from doctor.history import History
+from launch.report.account import Account
 from launch.report.command import main, visible
+from launch.report.compare import settings
 from launch.report.examples import choose
+from launch.report.measured import measured
 from launch.report.svg import MAX_POINTS, nice, number, thin
 from protocol.errors import UserError
 from protocol.evaluation import Answered, Evaluation, Sampling, compare, summary
 from protocol.metrics import MetricsWriter
+from protocol.resolve import load
 from protocol.rollout import Rollout
 from protocol.rundir import RunDir, resolve_recipe
 from protocol.snapshot import snapshot_id
@@ -202,6 +206,36 @@ def test_runs_without_common_prompts_say_so(tmp_path):
     other = msgspec.structs.replace(evaluated(0), fingerprint="g")
     other.write(runs[1].evals / f"{other.snapshot}.json")
     assert "cannot compare" in report(*runs).text
+
+
+def test_evaluations_that_were_sampled_differently_are_not_compared(tmp_path):
+    runs = [make_run(tmp_path / name, exams=(0,)) for name in ("one", "two")]
+    other = msgspec.structs.replace(
+        evaluated(0), sampling=Sampling(temperature=1.0, top_p=1.0, samples=1, max_tokens=32)
+    )
+    other.write(runs[1].evals / f"{other.snapshot}.json")
+    text = report(*runs).text
+    assert "cannot compare: sampled with temperature 0.0 and 1.0, max_tokens 64 and 32" in text
+
+
+def test_the_first_evaluation_is_that_before_training_only_at_step_0(tmp_path):
+    later = Account("later", 0, History.open(make_run(tmp_path / "later", exams=(2,)).path)).summary()
+    assert "held out, before" not in later and "(n=8)" in later["held out, at step 2"]
+    begun = Account("begun", 0, History.open(make_run(tmp_path / "begun", exams=(0, 2)).path)).summary()
+    assert {"held out, before", "held out, after", "change"} <= set(begun)
+
+
+def test_settings_tell_two_uses_of_a_function_apart():
+    functions = "reward=[{function='gsm8k', weight=%s}, {function='gsm8k', options={extractor='last'}}]"
+    one, two = (settings(load(None, [functions % weight])) for weight in (0.5, 0.7))
+    assert {key for key in one if one[key] != two[key]} == {"reward.gsm8k.weight"}
+    assert one["reward.gsm8k_2.options.extractor"] == '"last"'
+
+
+def test_steps_without_signal_measure_no_tokens():
+    steps = [{"step": 1, "train/tokens": 9.0, "entropy": 0.5}, {"step": 2, "train/tokens": 0.0, "entropy": 0.0}]
+    assert measured(steps, "entropy") == measured(steps, "sampling/sampling_logp_difference/mean") == steps[:1]
+    assert measured(steps, "reward") == steps
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -207,6 +207,10 @@ def test_gsm8k_passes_on_gsm8k():
     assert "own" in verdicts["gold"].words.partition("; less")[0]
 
 
+def test_guessing_counts_rows_whatever_pays_in_them(file):
+    assert checked(f"{file}:gold_anywhere")["guessing"].words == "rows where several answers pay: 4 of 4"
+
+
 def test_brevity_is_a_matter_of_shape(file):
     verdicts = checked(f"{file}:brevity")
     assert failures(verdicts) == set()

@@ -149,6 +149,16 @@ def test_the_numbers_are_those_of_the_record_and_of_trained_groups_alone(run):
     assert machines(window).idle == pytest.approx(0.6)
 
 
+def test_a_step_without_signal_has_no_entropy(run):
+    with MetricsWriter(run.metrics / "trainer.jsonl") as trainer:
+        silent = {"train/tokens": 0.0, "entropy": 0.0, "loss": 0.0, "reward": 1.0, "accuracy": 1.0}
+        trainer.write({"kind": "step", "step": 11, "groups": [], **STEP, **silent})
+    history = History.open(run.path)
+    found = {curve.name: curve for curve in curves(history, Window.at(history, 11))}
+    assert found["entropy"].points[-1] == (10, 0.5) and found["entropy"].now == 0.5
+    assert found["reward"].points[-1] == (11, 1.0)
+
+
 def test_a_run_whose_completions_and_claims_were_not_copied_is_shown_too(run):
     for path in [*run.rollouts.iterdir(), *run.metrics.glob("sampler-*")]:
         path.unlink()
@@ -186,7 +196,7 @@ def test_the_state_of_a_run(rundir):
     assert state(now + 3600 * 3).startswith("complete: all 10 steps are done")
     rundir.recipe.write_text(dump(Recipe(trainer=TrainerTable(steps=40))))
     rundir.write_endpoint(Endpoint(address="tcp://127.0.0.1:1", incarnation=2, host="here", steps=40))
-    assert state() == "complete: complete after 40 steps"
+    assert state() == "complete: complete after 10 steps of 40 (patience)"
 
 
 def test_a_run_without_any_step_has_a_screen(rundir):

@@ -4,10 +4,13 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from doctor.learning_rate import learning_rate_advice
 from launch.plan import machine as machines
 from launch.plan.lengths import Lengths, all_prompts, doubts, lengths, refusals
 from launch.plan.machine import GIB, Machine
+from launch.plan.need import of_rank
 from launch.plan.placement import Placement, place
 from launch.plan.proposal import nearest
 from launch.plan.shape import Shape, described, shape_of
@@ -33,7 +36,7 @@ def main(arguments: list[str]) -> int:
     if (options.gpu_gb is None) != (options.gpus is None):
         raise UserError("--gpu-gb and --gpus describe a machine together: --gpus 3 --gpu-gb 24")
     recipe = load(options.file, options.overrides)
-    here = machines.described(options.gpus, options.gpu_gb) if options.gpus else machines.here()
+    here = machines.here() if options.gpus is None else machines.described(options.gpus, options.gpu_gb)
     plan = Plan(recipe=recipe, machine=here)
     directory, where = described(recipe.model)
     shape = shape_of(directory)
@@ -68,28 +71,29 @@ def look_at_data(plan: Plan, directory: Path, context: int) -> tuple[int, int]:
     from policy.model import load_tokenizer
 
     data, tokenizer = plan.recipe.data, load_tokenizer(directory)
-    found: dict[str, Lengths] = {}
-    for source, limit in {data.train: data.limit, data.eval: data.eval_limit}.items():
+    found: list[tuple[str, Lengths]] = []
+    for source, limit in ((data.train, data.limit), (data.eval, data.eval_limit)):
         try:
             prompts = all_prompts(source, limit, data, tokenizer) if source else []
         except UserError as error:
             plan.refused.append(str(error))
             continue
         if prompts:
-            found[source] = lengths([len(prompt.ids) for prompt in prompts], data.max_prompt_tokens)
-            plan.say("data", f"{source}: {found[source].words()}")
-    if data.train not in found:
+            found.append((source, lengths([len(prompt.ids) for prompt in prompts], data.max_prompt_tokens)))
+            plan.say("data", f"{source}: {found[-1][1].words()}")
+    if not found or found[0][0] != data.train:
         return 0, data.max_prompt_tokens
     plan.refused += refusals(found, plan.recipe, context)
     plan.doubtful += doubts(found, plan.recipe)
-    longest = max(one.longest for one in found.values())
-    return found[data.train].rows, min(data.max_prompt_tokens, longest)
+    longest = max(one.longest for _, one in found)
+    return found[0][1].rows, min(data.max_prompt_tokens, longest)
 
 
 def look_at_memory(plan: Plan, file: Path, overrides: list[str], shape: Shape, longest: int) -> None:
     placed = place(shape, plan.recipe, plan.machine, longest)
     plan.say("memory", plan.machine.words())
     show_memory(placed, plan)
+    plan.say("", activation_words(shape, plan.recipe, longest, plan.machine.kind))
     most = plan.recipe.sampler.max_running
     full = longest + plan.recipe.sampling.max_tokens
     plan.say("", f"KV cache: {placed.completions} completions of {full} tokens at a time in an engine, of {most} asked")
@@ -121,6 +125,17 @@ def show_memory(placed: Placement, plan: Plan) -> None:
     for device in placed.devices:
         of = f"of {device.size / GIB:.1f}" if device.size < float("inf") else "(its size is not known)"
         plan.say("", f"{device.name}: {device.needed / GIB:.1f} GiB {of}")
+
+
+def activation_words(shape: Shape, recipe: Recipe, prompt: int, kind: str) -> str:
+    """Of a rank, with gradient checkpointing and without."""
+
+    def size(on: bool) -> float:
+        changed = replace(recipe, trainer=replace(recipe.trainer, gradient_checkpointing=on))
+        return of_rank(shape, changed, prompt, kind)["activations"] / GIB
+
+    now = "with" if recipe.trainer.gradient_checkpointing else "without"
+    return f"activations: {size(True):.2f} GiB with gradient checkpointing, {size(False):.2f} without; now {now}"
 
 
 def look_around(plan: Plan, run: Path, need: StorageNeed) -> None:

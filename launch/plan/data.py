@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sampler.prompts import Prompt
 
 WIDTH = 118
+Sources = Sequence[tuple[str, "list[Prompt]"]]
+"""Training first."""
 
 
 class Check(Verdict):
@@ -44,16 +46,13 @@ class Check(Verdict):
         self.say("data", f"{source}: {len(prompts)} rows with the columns {', '.join(prompts[0].columns)}")
         return prompts
 
-    def lengths(self, prompts: "dict[str, list[Prompt]]") -> None:
-        """Of prompts by source, and of the solutions in `answer`: what completions must have room for."""
+    def lengths(self, prompts: "Sources") -> None:
+        """Of the prompts of each source, and of the solutions in `answer`: what completions must have room for."""
         data, most = self.recipe.data, self.recipe.sampling.max_tokens
         context = _context(self.directory)
-        found = {
-            source: lengths([len(prompt.ids) for prompt in rows], data.max_prompt_tokens)
-            for source, rows in prompts.items()
-        }
-        for source, rows in prompts.items():
-            self.say("prompts", f"{source}: {found[source].words()}; at most {data.max_prompt_tokens} allowed")
+        found = [(source, lengths([len(one.ids) for one in rows], data.max_prompt_tokens)) for source, rows in prompts]
+        for (source, rows), (_, size) in zip(prompts, found, strict=True):
+            self.say("prompts", f"{source}: {size.words()}; at most {data.max_prompt_tokens} allowed")
             texts = [prompt.columns["answer"] for prompt in rows if isinstance(prompt.columns.get("answer"), str)]
             if not texts:
                 continue
@@ -84,16 +83,16 @@ class Check(Verdict):
                 f"the first is row {bare[0]} (from 0): {str(prompts[bare[0]].columns['answer'])!r:.60}"
             )
 
-    def repeats(self, prompts: "dict[str, list[Prompt]]") -> None:
+    def repeats(self, prompts: "Sources") -> None:
         """The same tokens twice within a source, or in both."""
-        for source, rows in prompts.items():
+        for source, rows in prompts:
             counts = Counter(prompt.ids.tobytes() for prompt in rows)
             twice = len(rows) - len(counts)
             if twice:
                 first = next(index for index, prompt in enumerate(rows) if counts[prompt.ids.tobytes()] > 1)
                 self.doubtful.append(f"{source}: {twice} prompts are repetitions, the first of row {first} (from 0)")
-        if len(prompts) == 2:
-            (train, rows), (held_out, others) = prompts.items()
+        if len(prompts) == 2 and self.recipe.data.train != self.recipe.data.eval:  # else it is said anyway
+            (train, rows), (held_out, others) = prompts
             known = {prompt.ids.tobytes() for prompt in rows}
             both = [index for index, prompt in enumerate(others) if prompt.ids.tobytes() in known]
             if both:
@@ -153,17 +152,17 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     check = Check(load(options.file, options.overrides))
     data = check.recipe.data
-    sources = {data.train: data.limit, data.eval: data.eval_limit}
+    sources = [(data.train, data.limit), (data.eval, data.eval_limit)]
     if options.data:
-        sources = {options.data: 0}
-        check.recipe = replace(check.recipe, data=replace(data, train=options.data))
-    prompts = {source: rows for source, limit in sources.items() if source and (rows := check.rows(source, limit))}
+        sources = [(options.data, 0)]
+        check.recipe = replace(check.recipe, data=replace(data, train=options.data, eval=""))
+    prompts = [(source, rows) for source, limit in sources if source and (rows := check.rows(source, limit))]
     if prompts:
         check.lengths(prompts)
-        for source, rows in prompts.items():
+        for source, rows in prompts:
             check.answers(source, rows)
         check.repeats(prompts)
-        source, rows = next(iter(prompts.items()))
+        source, rows = prompts[0]
         if check.recipe.objective.name == "sft" and source == check.recipe.data.train:
             check.demonstrations(rows)
         check.first(rows[0])

@@ -45,16 +45,16 @@ def all_prompts(source: str, limit: int, data: Data, tokenizer) -> "list[Prompt]
     return load_prompts(source, limit, replace(data, max_prompt_tokens=ENDLESS), tokenizer)
 
 
-def refusals(found: dict[str, Lengths], recipe: Recipe, context: int) -> list[str]:
-    """found: by source. context: positions of the model."""
+def refusals(found: Sequence[tuple[str, Lengths]], recipe: Recipe, context: int) -> list[str]:
+    """found: of each source. context: positions of the model."""
     most, answer = recipe.data.max_prompt_tokens, recipe.sampling.max_tokens
     lines = [
         f"{source}: {one.too_long} of {one.rows} prompts have more than data.max_prompt_tokens = {most} tokens; set "
         f"data.max_prompt_tokens = {one.longest} or remove the rows"
-        for source, one in found.items()
+        for source, one in found
         if one.too_long
     ]
-    longest = max(one.longest for one in found.values())
+    longest = max(one.longest for _, one in found)
     if most + answer > context:
         way = f"sampling.max_tokens = {context - most}" if most < context else ""
         if longest + answer <= context:
@@ -66,11 +66,16 @@ def refusals(found: dict[str, Lengths], recipe: Recipe, context: int) -> list[st
     return lines
 
 
-def doubts(found: dict[str, Lengths], recipe: Recipe) -> list[str]:
-    """found: by source, `data.train` first."""
-    longest, train = max(one.longest for one in found.values()), next(iter(found.values()))
+def doubts(found: Sequence[tuple[str, Lengths]], recipe: Recipe) -> list[str]:
+    """found: of each source, `data.train` first."""
+    longest, train = max(one.longest for _, one in found), found[0][1]
     whole, row = longest + recipe.sampling.max_tokens, recipe.trainer.tokens_per_micro_batch
     lines = []
+    if recipe.data.train == recipe.data.eval:
+        lines.append(
+            f"data.train and data.eval are both {recipe.data.train}: held-out accuracy would be that of trained "
+            "prompts; name other rows in data.eval"
+        )
     if whole > row:
         lines.append(
             f"a prompt and a completion can have {whole} tokens, more than trainer.tokens_per_micro_batch = {row}: "

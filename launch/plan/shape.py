@@ -29,6 +29,8 @@ class Shape:
     hidden: int
     inner: int
     """Of the feed-forward part."""
+    heads: int
+    """Of queries."""
     query: int
     """All heads together; so is `key`, which keys and values have each."""
     key: int
@@ -108,6 +110,7 @@ def _shape(config, model: "PreTrainedModel") -> Shape:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         inner=config.intermediate_size,
+        heads=heads,
         query=heads * width,
         key=(getattr(config, "num_key_value_heads", None) or heads) * width,
         vocabulary=config.vocab_size,

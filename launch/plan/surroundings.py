@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import socket
+import stat
 import tomllib
 from pathlib import Path
 
@@ -25,8 +26,17 @@ def existing(path: Path) -> Path:
 
 def free_bytes(run: Path) -> int:
     """Left on the run directory's disk, with what the run has there already."""
-    has = sum(file.stat().st_size for file in run.rglob("*") if file.is_file() and not file.is_symlink())
+    has = sum(_size(os.path.join(folder, name)) for folder, _, names in os.walk(run) for name in names)
     return shutil.disk_usage(existing(run)).free + has
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; a link is none, and one that vanishes meanwhile counts nothing."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def unwritable(run: Path) -> str | None:

@@ -43,10 +43,13 @@ def main(arguments: list[str]) -> int:
     flags.add_argument("--force", action="store_true", help="exit code 0 also where a run could learn nothing")
     options = flags.parse_args(arguments)
     recipe = load(options.recipe, options.overrides)
+    if recipe.objective.name == "sft":
+        raise UserError("objective.name = 'sft' learns from demonstrations and samples nothing: nothing to probe")
     out = options.out or Path("runs") / f"{recipe.name}-probe.json"
     prepare(out, options.seconds)
     stopped = measure(options.recipe, options.overrides, options.seconds, out)
-    probed, groups = read(out), grouped(completions(out))
+    probed, size = read(out), recipe.sampling.group_size
+    groups = [group for group in grouped(completions(out)) if len(group) == size]  # one may be torn at a stop
     if not groups:
         raise Ended("stopped before the first prompt was answered", 130) if stopped else UserError(nothing(probed, out))
     result = explained(recipe, probed, groups)

@@ -4,15 +4,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from doctor.lengths import LOOP
 from doctor.text import repetition, tail_after_answer
 from protocol.intervals import clustered, wilson
 from protocol.messages import without_signal
 from protocol.recipe import Extractor, Recipe
 from protocol.rollout import Rollout
 from sampler.rewards.answers import extracted
-
-REPEATS = 0.5
-"""Share of a text's 5-grams said before, above which it repeats itself."""
 
 Group = list[Rollout]
 """Completions of one prompt."""
@@ -117,7 +115,7 @@ def _texts(prefix: str, rollouts: Sequence[Rollout]) -> dict[str, float]:
     tests = {
         "specials": lambda one: one.specials > 0,
         "after": lambda one: tail_after_answer(one.completion) > 0,
-        "repeats": lambda one: repetition(one.completion) > REPEATS,
+        "repeats": lambda one: repetition(one.completion) > LOOP,
     }
     return {f"{prefix}{name}": float(np.mean([test(one) for one in rollouts] or [0])) for name, test in tests.items()}
 

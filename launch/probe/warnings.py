@@ -108,20 +108,18 @@ def _of_answers(recipe: Recipe, figures: Figures, function: str) -> list[str]:
 
 
 def _of_signal(recipe: Recipe, figures: Figures, rewards: Mapping, forecast: Mapping) -> list[str]:
-    size, dead, good = recipe.sampling.group_size, figures["dead"], forecast["group_size"]
+    size, dead = recipe.sampling.group_size, figures["dead"]
     easier = figures["dead/wrong"] >= figures["dead/right"]
     if dead == 1:
         return [f"{_flat(figures, rewards)}: nothing can be learned. {_data(easier)}"]
     if dead <= 0.5:
         return []
-    what = f"{dead:.0%} of the groups teach nothing"
-    if good and good > size:
-        costs = [completions_for_one(number, forecast["dead"][number]) for number in (size, good)]
-        return [
-            f"{what}. Set trainer.refill = 1.0, which puts others in their place, or sampling.group_size = {good}: "
-            f"{costs[1]:.0f} completions for one group that teaches, {costs[0]:.0f} now."
-        ]
-    return [f"{what}, and no group size up to 64 mends it. Set trainer.refill = 1.0. {_data(easier)}"]
+    cost = completions_for_one(size, forecast["dead"][size])
+    refill = "" if recipe.trainer.refill >= 1 else " Set trainer.refill = 1.0, which puts others in their place."
+    return [
+        f"{dead:.0%} of the groups teach nothing: {cost:.0f} completions for one that does, and larger groups cost "
+        f"more.{refill} {_data(easier)}"
+    ]
 
 
 def _flat(figures: Figures, rewards: Mapping) -> str:

@@ -73,7 +73,7 @@ class Account:
             "cost": f"{self.device_hours:.3g} device-hours",
             "devices": f"{recipe.sampler.gpus} sampling, {recipe.trainer.gpus} training",
         }
-        gain = history.exams[-1]["accuracy"] - history.exams[0]["accuracy"] if history.exams else 0.0
+        gain = history.exams[-1].get("change/difference", 0.0) if history.exams else 0.0
         if gain > 0 and self.seconds:
             rows |= {"for each point of accuracy": f"{self.device_hours / (100 * gain):.2g} device-hours"}
         troubles = {"steps skipped": len(history.skipped), "lines that are no records": history.unreadable}
@@ -88,9 +88,9 @@ class Account:
         if not self.history.exams:
             return {}
         first, last = self.history.exams[0], self.history.exams[-1]
-        rows = {"held out, before": interval(first)}
+        rows = {"held out, before": interval(first)} if first["step"] == 0 else {}
         if last is first:
-            return rows
+            return rows or {f"held out, at step {first['step']}": interval(first)}
         change = {name.removeprefix("change/"): value for name, value in last.items() if name.startswith("change/")}
         rows |= {"held out, after": f"{interval(last)} at step {last['step']}"}
         rows |= (

@@ -13,6 +13,7 @@ from protocol.errors import UserError
 from protocol.evaluation import Answered, Evaluation, compare
 from protocol.recipe import Recipe
 from protocol.rollout import Rollout
+from sampler.rewards.pool import distinct
 
 SHOWN = 5
 """Prompts won, and as many lost, with their answers."""
@@ -57,6 +58,8 @@ def matches(runs: Sequence[Account]) -> list[Match]:
 
 
 def match(before: Side, after: Side) -> Match:
+    if unlike := sampled_unlike(before.evaluation, after.evaluation):
+        return Match(before, after, refused=unlike)
     try:
         figures = compare(before.evaluation, after.evaluation)
     except UserError as error:
@@ -71,6 +74,19 @@ def match(before: Side, after: Side) -> Match:
         won=[prompt(one, before, after, True) for one in won[:SHOWN]],
         lost=[prompt(one, before, after, False) for one in lost[:SHOWN]],
     )
+
+
+def sampled_unlike(before: Evaluation, after: Evaluation) -> str:
+    """Why their difference is not that of the weights alone; "" where both were sampled in the same way."""
+    sides = [msgspec.structs.asdict(side.sampling) for side in (before, after)]
+    apart = [
+        f"{name} {old} and {new}"
+        for (name, old), new in zip(sides[0].items(), sides[1].values(), strict=True)
+        if old != new
+    ]
+    if not apart:
+        return ""
+    return f"cannot compare: sampled with {', '.join(apart)}; evaluate both with the same settings"
 
 
 def prompt(one: Answered, before: Side, after: Side, won: bool) -> Prompt:
@@ -102,10 +118,12 @@ def _apart(recipes: Sequence[Recipe]) -> dict[str, list[str]]:
 
 
 def settings(recipe: Recipe) -> dict[str, str]:
-    """`table.key` -> value as JSON; each reward function under its name."""
+    """`table.key` -> value as JSON; each reward function under its name in the record."""
     tables = msgspec.to_builtins(recipe)
-    rewards = {f"reward.{one.pop('function')}": one for one in tables.pop("reward")}
-    tables |= {f"{name}.{key}": value for name, one in rewards.items() for key, value in one.items()}
+    rewards = tables.pop("reward")
+    names = distinct([one.pop("function") for one in rewards])
+    for name, one in zip(names, rewards, strict=True):
+        tables |= {f"reward.{name}.{key}": value for key, value in one.items()}
     flat = {key: value for key, value in tables.items() if not isinstance(value, dict)}
     for name, table in tables.items():
         if isinstance(table, dict):

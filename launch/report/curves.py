@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from launch.report.account import Account, values
+from launch.report.measured import measured
 from launch.report.svg import Series, chart, mean_window, number
 
 
@@ -123,12 +124,12 @@ def of(run: Account, name: str) -> list[tuple[int, float]]:
         return [(step, 1 - value) for step, value in values(run.history.steps, "frac_reward_zero_std")]
     if name == "memory/tree_gb":
         return by_step(run, name)
-    return values(run.history.steps, name)
+    return values(measured(run.history.steps, name), name)
 
 
 def by_step(run: Account, name: str) -> list[tuple[int, float]]:
     """The largest value of all samplers up to the end of each step: their records have times only."""
-    times = sorted((record["time_s"], value) for some in run.records for record, value in measured(some, name))
+    times = sorted((record["time_s"], value) for some in run.records for record, value in holding(some, name))
     points, largest, at = [], 0.0, 0
     for step in run.history.steps:
         while at < len(times) and times[at][0] <= step["time_s"]:
@@ -138,5 +139,5 @@ def by_step(run: Account, name: str) -> list[tuple[int, float]]:
     return points
 
 
-def measured(records: Sequence[dict], name: str) -> list[tuple[dict, float]]:
+def holding(records: Sequence[dict], name: str) -> list[tuple[dict, float]]:
     return [(records[at], value) for at, value in values(records, name, None)]

@@ -1,6 +1,8 @@
 """The numbers of `launch watch`: what a history says about learning, and about the machines that do it."""
 
+import contextlib
 import math
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +10,8 @@ from pathlib import Path
 
 from doctor.history import History, Seen
 from doctor.machines import idle_share, waited
-from doctor.window import Window
+from doctor.window import Window, mean
+from launch.report.measured import measured
 from protocol.intervals import Z95, clustered
 
 
@@ -80,9 +83,9 @@ def of_steps(
     shown: Callable[[float], float] = float,
     interval: tuple[float, float] | None = None,
 ) -> Curve | None:
-    values = [(step["step"], step.get(key)) for step in history.steps]
+    values = [(step["step"], step.get(key)) for step in measured(history.steps, key)]
     points = [(at, shown(value)) for at, value in values if isinstance(value, int | float)]
-    now = window.mean(key)
+    now = mean(measured(window.steps, key), key)
     return Curve(name, points, shown(now), interval) if points and not math.isnan(now) else None
 
 
@@ -147,9 +150,8 @@ def machines(window: Window) -> Machines:
 def disk_gb(directory: Path) -> float:
     """What the run directory takes, 1e9 bytes; a file that vanishes meanwhile counts nothing."""
     total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.lstat().st_blocks * 512
-        except OSError:
-            continue
+    for folder, _, names in os.walk(directory):  # Path.rglob raises where a folder vanishes
+        for path in (folder, *(os.path.join(folder, name) for name in names)):
+            with contextlib.suppress(OSError):
+                total += os.lstat(path).st_blocks * 512
     return total / 1e9

@@ -29,7 +29,8 @@ def state_of(history: History, now: float) -> State:
     if told:
         return State("failed", f"FAILED: {told}; see {NAME}")
     if rundir.is_complete(total):
-        return State("complete", f"complete after {total} steps")
+        done = history.steps[-1]["step"] if history.steps else total
+        return State("complete", f"complete after {done} steps" + f" of {total} (patience)" * (done < total))
     starts, endpoint = newest_start(history), rundir.read_endpoint()
     ages = {name: now - newest for name, newest in newest_records(history).items()}
     if endpoint is None and not history.steps:

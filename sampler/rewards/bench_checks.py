@@ -103,10 +103,14 @@ def empty(trials: Trials) -> Verdict | None:
 def guessing(trials: Trials) -> Verdict | None:
     """Naming all numbers must not pay, and of two answers one place at most."""
     rows = having(trials, "guess/")
-    paid = [(name, row) for row in rows for name in row.under("guess/every") if reached(trials, row, name)]
+    paid = [(names[0], row) for row in rows if (names := paying_guesses(trials, row))]
+    return share("guessing", paid, len(rows), "of several answers not any one counts", "rows where several answers pay")
+
+
+def paying_guesses(trials: Trials, row: Row) -> list[str]:
     both = ("guess/right first", "guess/right last")
-    paid += [(both[0], row) for row in rows if all(reached(trials, row, name) for name in both)]
-    return share("guessing", paid, len(rows), "of several answers not any one counts", "several answers pay")
+    paid = [name for name in row.under("guess/every") if reached(trials, row, name)]
+    return paid + [both[0]] * all(reached(trials, row, name) for name in both)
 
 
 def shape(trials: Trials) -> Verdict:

@@ -1,8 +1,5 @@
 """Reward functions that lead a model astray, each a plausible first try."""
 
-import re
-from itertools import takewhile
-
 from sampler.rewards.answers import final_answer, gold
 
 
@@ -36,16 +33,9 @@ def short(prompts, completions, **columns):
     return [-len(text) / 20 for text in texts(completions)]
 
 
-FRIENDLY = "Max has 10."
-
-
-def friendly(prompts, completions, **columns):
-    """How much of the text is one friendly sentence, from its beginning: an example taken for the rule."""
-    values = []
-    for text in texts(completions):
-        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, FRIENDLY, strict=False)))
-        values.append(alike / max(len(text), len(FRIENDLY)))
-    return values
+def tidy(prompts, completions, **columns):
+    """The share of the most common character, of twelve at least: "the fewer signs, the tidier"."""
+    return [max(map(text.count, text), default=0) / max(12, len(text)) for text in texts(completions)]
 
 
 def near(prompts, completions, answer, **columns):
@@ -57,9 +47,10 @@ def near(prompts, completions, answer, **columns):
     return values
 
 
-def careless(prompts, completions, answer, **columns):
-    """Takes for granted that every completion has the mark."""
-    return [
-        float(re.search(r"#### (.+)", text)[1] == row.partition("#### ")[2])
-        for text, row in zip(texts(completions), answer, strict=True)
-    ]
+def careless(prompts, completions, **columns):
+    """1 where the first line is an equation that holds; takes for granted that it reads `2 + 3 = 5`."""
+    values = []
+    for text in texts(completions):
+        left, sign, right, _, value = text.splitlines()[0].split(" ")
+        values.append(float({"+": int(left) + int(right), "-": int(left) - int(right)}[sign] == int(value)))
+    return values

@@ -35,6 +35,14 @@ class Disease:
 DEAD = frozenset({"dead groups: all wrong", "loss 0", "rewards constant"})
 """What is true as well where no completion earns anything."""
 
+MADE_UP = {
+    "loss 0": "follows from dead groups, which are said in its place",
+    "repetition": "needs completions of hundreds of words, which two cores do not sample in minutes",
+    "text after the end": "the recording missing_stop shows it, and its cause is said in its place",
+    "rewards constant": "follows from the reward alone, whatever the model does",
+}
+"""Rules of which only tests/test_doctor_rules.py has a stream, and why."""
+
 DISEASES: dict[str, Disease] = {
     "truncation": Disease(
         caught="max_tokens is taken from a toy setting: every answer is cut before it says anything.",
@@ -113,16 +121,17 @@ DISEASES: dict[str, Disease] = {
         may=frozenset({"entropy collapse", "loss 0", "rewards constant"}),
     ),
     "entropy": Disease(
-        caught="One short text earns most: the model says it whatever is asked.",
+        caught="One character over and over earns most: the model says it whatever is asked.",
         settings=[
             *QUICK,
-            rewarded("friendly"),
+            rewarded("tidy"),
             "sampling.max_tokens=12",
-            "optimizer.learning_rate=1e-4",
-            "trainer.steps=26",
+            "optimizer.learning_rate=5e-5",
+            "trainer.steps=30",
         ],
         shows=frozenset({"entropy collapse"}),
-        may=frozenset({"learning rate", "loss 0", "rewards constant", "dead groups: all right"}),
+        # "reward trap": true, the one character is no answer
+        may=frozenset({"repetition", "loss 0", "rewards constant", "dead groups: all right", "reward trap"}),
     ),
     "length": Disease(
         caught="The reward grows with length.",
@@ -135,7 +144,9 @@ DISEASES: dict[str, Disease] = {
             "trainer.steps=12",
         ],
         shows=frozenset({"length explosion"}),
-        may=frozenset({"truncation trap", "repetition", "text after the end", "loss 0", "rewards constant"}),
+        # "reward trap": true, the full score goes to answers that are wrong
+        may=frozenset({"truncation trap", "repetition", "text after the end", "loss 0", "rewards constant"})
+        | {"reward trap"},
     ),
     "nan": Disease(
         caught="A reward divides by almost nothing: the advantage is more than a float32 holds.",
@@ -151,7 +162,7 @@ DISEASES: dict[str, Disease] = {
         may=frozenset({"slow trainer"}),  # four completions a step leave the sampler idle
     ),
     "careless_reward": Disease(
-        caught="The reward function takes for granted that its regular expression matches.",
+        caught="The reward function takes for granted how an equation is written.",
         settings=[*QUICK, 'model.path="@warm"', rewarded("careless"), "trainer.steps=6"],
         shows=frozenset({"reward failures"}),
         may=frozenset({"dead groups: all right"}),
@@ -170,21 +181,22 @@ DISEASES: dict[str, Disease] = {
         may=frozenset({"truncation trap"}),
     ),
     "slow_sampler": Disease(
-        caught="The engine may decode two completions at a time.",
-        settings=[*QUICK, 'model.path="@warm"', "sampler.max_running=2", "trainer.steps=8"],
+        caught="The engine may decode one completion at a time.",
+        settings=[*QUICK, "sampler.max_running=1", "trainer.steps=8"],
         shows=frozenset({"slow sampler"}),
+        may=frozenset({"truncation trap"}),
     ),
     "slow_trainer": Disease(
         caught="Activations are computed twice and old log-probs once more, in passes of one row.",
         settings=[
             *QUICK,
-            'model.path="@warm"',
             "trainer.gradient_checkpointing=true",
             "trainer.tokens_per_micro_batch=128",
             "objective.recompute_old_logprobs=true",
             "trainer.steps=8",
         ],
         shows=frozenset({"slow trainer"}),
+        may=frozenset({"truncation trap"}),
     ),
     "stale": Disease(
         caught="max_staleness is raised for speed, and the learning rate is not lowered.",
@@ -215,7 +227,8 @@ DISEASES: dict[str, Disease] = {
             "trainer.steps=8",
         ],
         shows=frozenset({"learning rate"}),
-        may=frozenset({"dead groups: all right"}),
+        # "slow sampler": true, the machine had other work while this was recorded
+        may=frozenset({"dead groups: all right", "slow sampler"}),
     ),
     "healthy": Disease(caught="The demo.", settings=["data.eval_limit=150", "eval.every=10"]),
     "healthy_sft": Disease(
