@@ -226,10 +226,7 @@ def test_records_that_a_tracker_refuses_are_said_once_and_counted(run, library, 
     assert capfd.readouterr().err.count("the server is full") == 1
     kept = state(run, "trackio")
     assert (kept.mirrored, kept.lost, kept.error) == (0, 3, "ValueError: the server is full")
-    assert warnings(History.open(run.path)) == [  # on the screen of `watch`
-        "steps skipped, not finite (quarantine/): 1",
-        "trackio: ValueError: the server is full",
-    ]
+    assert "trackio: ValueError: the server is full" in warnings(History.open(run.path))  # on the screen of `watch`
 
 
 @needs("tensorboard")
