@@ -53,8 +53,8 @@ def slow_trainer(window: Window) -> Finding | None:
     stored = sum(step["time/publish_s"] for step in steps) / max(1e-9, sum(step["step_time"] for step in steps))
     if len(steps) < STEADY or idle is None or idle < IDLE or waited(steps) > 0.1:
         return None
-    if sum(step["train/tokens"] > 0 for step in steps) < STEADY:  # nothing to train is not slow
-        return None
+    if sum(step["train/tokens"] > 0 for step in steps) < STEADY or not window.grouped:
+        return None  # nothing to train is not slow; demonstrations leave samplers idle
     if stored > 0.5:
         advice = "trainer.checkpoint_every: raise it, or put the run directory on a faster disk"
     elif window.recipe.trainer.gradient_checkpointing:

@@ -33,11 +33,6 @@ def short(prompts, completions, **columns):
     return [-len(text) / 20 for text in texts(completions)]
 
 
-def tidy(prompts, completions, **columns):
-    """The share of the most common character, of twelve at least: "the fewer signs, the tidier"."""
-    return [max(map(text.count, text), default=0) / max(12, len(text)) for text in texts(completions)]
-
-
 def near(prompts, completions, answer, **columns):
     """One over the distance to the right number; at distance 0 more than a float32 holds."""
     values = []

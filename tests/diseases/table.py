@@ -121,17 +121,10 @@ DISEASES: dict[str, Disease] = {
         may=frozenset({"entropy collapse", "loss 0", "rewards constant"}),
     ),
     "entropy": Disease(
-        caught="One character over and over earns most: the model says it whatever is asked.",
-        settings=[
-            *QUICK,
-            rewarded("tidy"),
-            "sampling.max_tokens=12",
-            "optimizer.learning_rate=5e-5",
-            "trainer.steps=30",
-        ],
+        caught="The demo, trained too fast and too long: it is sure of every token, right or wrong.",
+        settings=[*QUICK, "optimizer.learning_rate=1e-4", "trainer.steps=40"],
         shows=frozenset({"entropy collapse"}),
-        # "reward trap": true, the one character is no answer
-        may=frozenset({"repetition", "loss 0", "rewards constant", "dead groups: all right", "reward trap"}),
+        may=frozenset({"learning rate", "loss 0", "dead groups: all right", "dead groups: all wrong"}),
     ),
     "length": Disease(
         caught="The reward grows with length.",
