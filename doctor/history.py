@@ -11,6 +11,7 @@ from typing import Self
 import msgspec
 
 from doctor.text import repetition, tail_after_answer
+from protocol.errors import UserError
 from protocol.metrics import Tail
 from protocol.recipe import Recipe
 from protocol.resolve import load
@@ -99,6 +100,8 @@ class History:
     def open(cls, run: Path) -> Self:
         """Raises UserError where no run is."""
         rundir = RunDir(run)
+        if not rundir.recipe.is_file():
+            raise UserError(f"no run in {run}: it has no recipe.toml; start one there, or name another directory")
         history = cls(rundir, load(rundir.recipe))
         history.refresh()
         return history

@@ -71,6 +71,7 @@ def figures(step: int) -> dict[str, float | None]:
         "step_time": 1800.0,
         "time/wait_s": 1.0,
         "time/publish_s": 1.0,
+        "sampler/tokens_per_s": 100.0,
     }
 
 

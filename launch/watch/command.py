@@ -28,10 +28,8 @@ from doctor.window import Window
 from launch.watch.figures import curves, disk_gb, machines, trained
 from launch.watch.screen import Choice, View, screen
 from launch.watch.state import state_of
-from protocol.errors import UserError
 from protocol.mirror import mirrors
 from protocol.rollout import Rollout
-from protocol.rundir import RunDir
 
 EVERY_S = 2.0
 DISK_S = 60.0
@@ -46,8 +44,6 @@ def main(arguments: list[str]) -> int:
     flags.add_argument("run", type=Path, help="run directory, of a run that is going on or over")
     flags.add_argument("--once", action="store_true", help="one screen, then the end")
     options = flags.parse_args(arguments)
-    if not RunDir(options.run).recipe.is_file():
-        raise UserError(f"no run in {options.run}: it has no recipe.toml; start one there, or name another directory")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # models write what an ASCII terminal cannot show
     watcher, console = Watcher(Course(History.open(options.run))), Console(highlight=False)
