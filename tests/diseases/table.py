@@ -173,12 +173,6 @@ DISEASES: dict[str, Disease] = {
         shows=frozenset({"drift"}),
         may=frozenset({"truncation trap"}),
     ),
-    "slow_sampler": Disease(
-        caught="The engine may decode one completion at a time.",
-        settings=[*QUICK, "sampler.max_running=1", "trainer.steps=8"],
-        shows=frozenset({"slow sampler"}),
-        may=frozenset({"truncation trap"}),
-    ),
     "slow_trainer": Disease(
         caught="Activations are computed twice and old log-probs once more, in passes of one row.",
         settings=[
@@ -219,9 +213,9 @@ DISEASES: dict[str, Disease] = {
             "optimizer.learning_rate=1e-6",
             "trainer.steps=8",
         ],
-        shows=frozenset({"learning rate"}),
-        # "slow sampler": true, the machine had other work while this was recorded
-        may=frozenset({"dead groups: all right", "slow sampler"}),
+        # the machine had other work while this was recorded, and the trainer waited for 73 % of its time
+        shows=frozenset({"learning rate", "slow sampler"}),
+        may=frozenset({"dead groups: all right"}),
     ),
     "healthy": Disease(caught="The demo.", settings=["data.eval_limit=150", "eval.every=10"]),
     "healthy_sft": Disease(
