@@ -8,7 +8,7 @@ from doctor.window import ERRORS, Window, mean
 from protocol.recipe import Reward
 
 UNMARKED = 0.1
-"""Share of all completions that are right and not paid. A model that is learning the form leaves out some marks, too."""
+"""Share of all completions that are right and not paid; who is learning the form leaves out some marks, too."""
 
 
 def extraction(window: Window) -> Finding | None:
