@@ -23,6 +23,11 @@ class Spell:
     last: int
     finding: Finding
 
+    @property
+    def line(self) -> str:
+        """Example: truncation trap: 97% of the completions are cut ... Change sampling.max_tokens = 12: ..."""
+        return f"{self.rule}: {self.finding.evidence}. Change {self.finding.advice}"
+
 
 @dataclass(slots=True)
 class Course:

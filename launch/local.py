@@ -131,6 +131,8 @@ def conclude(rundir: RunDir, recipe: Recipe, progress: Progress, seconds: float)
     model = rundir.best.resolve() if rundir.best.is_dir() else listed(rundir.snapshots)[-1]
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     print(f"curve    {curve}\nmodel    {model}\ntalk     {python} -m launch chat {rundir.path}", flush=True)
+    print(f"doctor   {', '.join(progress.wrong()) or 'nothing wrong'}: {python} -m launch doctor {rundir.path}")
+    print(f"report   {python} -m launch report {rundir.path}", flush=True)
     before, after = progress.exam(first=True), progress.exam(first=False)
     if not before or not after or before is after:
         print(f"{recipe.name}: {recipe.trainer.steps} steps, {duration(seconds)}", flush=True)

@@ -18,6 +18,7 @@ from protocol.metrics import MetricsWriter
 from protocol.process import end, start
 from protocol.resolve import load
 from protocol.rundir import RunDir
+from tests.diseases import unpack
 from trainer.__main__ import placement
 
 
@@ -137,8 +138,9 @@ def test_progress_says_what_a_person_wants_to_know(tmp_path, capsys):
     with MetricsWriter(rundir.metrics / "trainer.jsonl") as writer:
         writer.write({"kind": "exam", "step": 0, "accuracy": 0.1, "low": 0.05, "high": 0.2, "n": 40})
         progress.show()
-        step = {"reward": 0.5, "accuracy": 0.25, "step_time": 6.0, "staleness/mean": 1.0}
-        writer.write({"kind": "step", "step": 5, "sampler/tokens_per_s": 100.0, "train/tokens_per_s": 200.0, **step})
+        step = {"reward": 0.5, "accuracy": 0.25, "step_time": 6.0, "staleness/mean": 1.0, "train/tokens": 900.0}
+        step |= {"time/wait_s": 0.0, "time/publish_s": 0.0, "sampler/tokens_per_s": 100.0, "train/tokens_per_s": 200.0}
+        writer.write({"kind": "step", "step": 5, **step})
         progress.show()
     out = capsys.readouterr().out
     assert "starting" in out and "held-out accuracy after 0 steps: 0.100 [0.050, 0.200] (n=40)" in out
@@ -152,6 +154,16 @@ def test_progress_says_what_a_person_wants_to_know(tmp_path, capsys):
         "left 1m30s",
     ):
         assert words in out
+
+
+def test_progress_says_once_what_is_wrong(tmp_path, capsys):
+    run = unpack("truncation", tmp_path)
+    progress = Progress(RunDir(run), load(run / "recipe.toml"))
+    progress.show()
+    progress.show()
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "truncation trap" in line]
+    assert "cut at 6 tokens" in line and "Change sampling.max_tokens = " in line
+    assert progress.wrong() == ["truncation trap"]
 
 
 def test_small_things():

@@ -37,7 +37,7 @@ class Checkup:
             return
         for spell in began:
             if spell.rule in self._course.holding:
-                log.warning("%s: %s. Change %s", spell.rule, spell.finding.evidence, spell.finding.advice)
+                log.warning("%s", spell.line)
 
     def end(self) -> None:
         """Looks once more, at the last evaluation, and says one line about the whole run."""
