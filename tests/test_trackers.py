@@ -187,13 +187,18 @@ def library(tmp_path, monkeypatch):
     return write
 
 
+def children() -> set[psutil.Process]:
+    """Other tests may have left some: what multiprocessing keeps until the end."""
+    return set(psutil.Process().children())
+
+
 def test_a_tracker_that_hangs_is_left_behind_and_said(run, library, monkeypatch, caplog):
     library("wandb", "import time; time.sleep(600)")
     monkeypatch.setattr(mirror, "END_S", 0.5)
-    began = time.monotonic()
+    before, began = children(), time.monotonic()
     with mirrored(run, Tracking(mirrors=["wandb"]), first=True):
         entered = time.monotonic() - began
-        [child] = psutil.Process().children()
+        [child] = children() - before
     assert entered < 10 and time.monotonic() - began < 60
     assert not child.is_running()
     assert "wandb had not taken all records" in caplog.text and "protocol.mirror RUN wandb" in caplog.text
@@ -248,8 +253,9 @@ def test_what_a_killed_trainer_wrote_is_mirrored_and_nothing_is_left_behind(run)
 
 
 def test_only_the_first_rank_mirrors(run):
+    before = children()
     with mirrored(run, Tracking(mirrors=["tensorboard"]), first=False):
-        assert not psutil.Process().children()
+        assert not children() - before
 
 
 CLUSTER = """
