@@ -300,11 +300,11 @@ def unsound(desk, session, group_id):
 @pytest.mark.fault("I7")
 def test_a_group_that_poisons_every_sampler_is_set_aside_and_no_other_one(desk):
     poisoned = {1, 6, 17}
-    trained = run_until(desk, 12, lambda *lease: (unsound if lease[2] in poisoned else sound)(*lease))
+    trained = run_until(desk, 16, lambda *lease: (unsound if lease[2] in poisoned else sound)(*lease))
     assert set(desk.train.quarantined) == poisoned
     assert set(desk.train.state()["quarantined"].values()) == {"reward is not finite"}  # a checkpoint keeps them
     assert desk.counts["train/invalid"] >= MAX_TRIES * len(poisoned)  # more: some said nothing about the group
-    assert len(trained) == len(set(trained)) == 24 and not set(trained) & poisoned
+    assert len(trained) == len(set(trained)) == 32 and not set(trained) & poisoned
     assert set(desk.samplers) == {"one", "two", "three"}
 
 

@@ -122,7 +122,8 @@ class Desk:
                 self.exam.hand_over(session, self.samplers)
         for ledger in self._ledgers().values():
             self._count("leases_expired", len(ledger.expire(now)))
-        return [letter for session in list(self.samplers) for letter in self._grant(session, now)]
+        ready = sum(self.pulse is not None and one.snapshot == self.pulse.snapshot for one in self.samplers.values())
+        return [letter for session in list(self.samplers) for letter in self._grant(session, now, max(1, ready))]
 
     def news(self) -> Letters:
         """After new weights or the end: what every sampler should hear without waiting for its next beat."""
@@ -209,7 +210,11 @@ class Desk:
         examines = self.exam is not None and self.exam.has(session, self.samplers)
         return self.stop or (self.exam.pulse if examines else self.pulse)
 
-    def _grant(self, session: str, now: float) -> Letters:
+    def _grant(self, session: str, now: float, takers: int | None = None) -> Letters:
+        """What a sampler asked for, within its part of what `takers` (default: all) samplers may hold.
+
+        Else the first to load new weights would take every lease, and the others had nothing to do.
+        """
         sampler = self.samplers.get(session)
         if sampler is None or self.stop:
             return []
@@ -219,7 +224,10 @@ class Desk:
         for split, ledger in self._ledgers().items():
             if split == "eval" and not self.exam.has(session, self.samplers):
                 continue
-            items = ledger.grant(session, sampler.snapshot, min(MAX_LEASES, sampler.want // self._size(split)), now)
+            alone = split == "eval" and self.exam.alone
+            share = ledger.share(session, sampler.snapshot, 1 if alone else takers or len(self.samplers))
+            most = min(MAX_LEASES, share, sampler.want // self._size(split))
+            items = ledger.grant(session, sampler.snapshot, most, now)
             sampler.want -= len(items) * self._size(split)
             letters += [(sampler.peer, Lease(split=split, items=items))] if items else []
         return letters

@@ -11,6 +11,7 @@ weights that admits (max_staleness + 1) * per_step groups, which also bounds the
 """
 
 import heapq
+import math
 import random
 from dataclasses import dataclass
 
@@ -82,6 +83,15 @@ class Ledger:
             self.leases[group_id] = Lease(session, version, now, now + self.lease_s)
             granted.append((group_id, self.row(group_id)))
         return granted
+
+    def share(self, session: str, snapshot: str | None, takers: int) -> int:
+        """Leases that `session` may get now so that none of so many samplers holds more than its part of all."""
+        version = self.lineage.get(snapshot or "", float("-inf"))
+        steps = version + self.max_staleness + 1 - self.step - (1 if self.taken else 0)
+        if steps <= 0:
+            return 0
+        held = sum(lease.session == session for lease in self.leases.values())
+        return max(0, math.ceil((steps * self.per_step - len(self.ready)) / takers) - held)
 
     def offer(self, group: Group) -> str:
         """Decides over an answered lease that `accept.problem` found sound; returns the status to acknowledge."""
