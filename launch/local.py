@@ -22,7 +22,7 @@ GRACE_S = 600.0
 """For the trainer's last checkpoint; a second Ctrl-C does not wait for it."""
 RESTART = {71, 73}
 """Exit codes of expected failures after which a worker is started again, as after a crash."""
-FINAL = {2, 3, 66, 69, 72, 74, 75, 76}
+FINAL = {2, 3, 66, 69, 70, 72, 74, 75, 76, 77}
 """Exit codes after which a new start would fail again."""
 MAX_RESTARTS, WINDOW_S = 5, 600.0
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from policy.attention import Segments
+
 Branches = tuple[np.ndarray, Sequence[np.ndarray]]
 """A prompt [m] and the completions [n_i] that continue it, as token ids."""
 
@@ -25,8 +27,8 @@ class Packed:
     """[1, t] int64; the last token of a completion is only a target"""
     position_ids: Tensor
     """[1, t] int64; every completion goes on where its prompt ends"""
-    visible: Tensor
-    """[1, 1, t, t] bool: who sees whom. A completion sees its prompt and itself; nobody sees a neighbour"""
+    segments: Segments
+    """Who sees whom: a completion its prompt and itself, nobody a neighbour"""
     predictors: Tensor
     """[n] int64: the position whose hidden state predicts targets[i]"""
     targets: Tensor
@@ -36,7 +38,7 @@ class Packed:
         return Packed(
             input_ids=self.input_ids.to(device),
             position_ids=self.position_ids.to(device),
-            visible=self.visible.to(device),
+            segments=self.segments.to(device),
             predictors=self.predictors.to(device),
             targets=self.targets.to(device),
         )
@@ -47,35 +49,29 @@ def pack(prompts: Sequence[Branches]) -> Packed:
 
     Every prompt and every completion has at least one token.
     """
-    ids, positions, roots, branches, predictors = [], [], [], [], []
-    start = branch = 0
-    for root, (prompt, completions) in enumerate(prompts):
-        last, m = start + len(prompt) - 1, len(prompt)
-        parts = [prompt, *(completion[:-1] for completion in completions)]
-        for number, part in enumerate(parts):
+    ids, positions, seen, predictors = [], [], [], []
+    start = 0
+    for prompt, completions in prompts:
+        root = start + np.arange(len(prompt))
+        ids.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        seen.append((len(prompt), root))
+        start += len(prompt)
+        for part in (completion[:-1] for completion in completions):
+            own = start + np.arange(len(part))
             ids.append(part)
-            positions.append(np.arange(len(part)) + (m if number else 0))
-            roots.append(np.full(len(part), root))
-            branches.append(np.full(len(part), branch + number if number else -1))
-            if number:
-                predictors.append(np.concatenate([[last], start + np.arange(len(part))]))
+            positions.append(len(prompt) + np.arange(len(part)))
+            predictors.append(np.concatenate([root[-1:], own]))
+            if len(part):
+                seen.append((len(part), np.concatenate([root, own])))
             start += len(part)
-        branch += len(completions)
     return Packed(
         input_ids=_int64(ids)[None],
         position_ids=_int64(positions)[None],
-        visible=_visible(_int64(roots), _int64(branches)),
+        segments=Segments.of(seen),
         predictors=_int64(predictors),
         targets=_int64([completion for _, completions in prompts for completion in completions]),
     )
-
-
-def _visible(roots: Tensor, branches: Tensor) -> Tensor:
-    """[t] prompt and [t] completion (-1: part of the prompt) of each token -> [1, 1, t, t]."""
-    order = torch.arange(len(roots))
-    same_root = roots[:, None] == roots
-    on_path = (branches == -1) | (branches[:, None] == branches)
-    return (same_root & on_path & (order[:, None] >= order))[None, None]
 
 
 class TokenLogprobs(nn.Module):
@@ -83,21 +79,28 @@ class TokenLogprobs(nn.Module):
 
     temperature: logits are divided by it first, as the sampler's are (processed log-probs).
     chunk: completion positions whose logits exist at the same time.
+    attention: `sdpa` or `varlen` (policy/attention.py); they differ by rounding.
     """
 
-    def __init__(self, model: PreTrainedModel, temperature: float, chunk: int) -> None:
+    def __init__(self, model: PreTrainedModel, temperature: float, chunk: int, attention: str = "sdpa") -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.chunk = chunk
+        self.attend_by(attention)
+
+    def attend_by(self, attention: str) -> None:
+        self.attention = attention
+        self.model.set_attn_implementation(attention)
 
     def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """-> log-probs [n] and entropies [n], float32, in nats."""
+        if self.attention == "varlen":
+            seen = {"segments": packed.segments}
+        else:
+            seen = {"attention_mask": packed.segments.mask(packed.input_ids.shape[1], self.model.dtype)}
         output = self.model.base_model(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            attention_mask=packed.visible,
-            use_cache=False,
+            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **seen
         )
         hidden = output.last_hidden_state[0, packed.predictors]
         weight = self.model.get_output_embeddings().weight

@@ -11,6 +11,7 @@ StorageError (73)      a file could not be written or verified
 NoCheckpoint (74)      checkpoints exist, none is intact
 Superseded (75)        a newer trainer took over this run
 Diverged (76)          weights or gradients are not finite
+OutOfMemory (77)       a GPU or the machine has too little memory for these settings
 
 130 is Ctrl-C, 128 + n a process that signal n ended; 1 is a bug, with its traceback.
 """
@@ -64,3 +65,7 @@ class Superseded(RunError):
 
 class Diverged(RunError):
     exit_code = 76
+
+
+class OutOfMemory(RunError):
+    exit_code = 77

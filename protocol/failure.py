@@ -35,6 +35,7 @@ ADVICE = {
     73: f"Free space, or mend the disk or its permissions. {AGAIN}",
     74: "Restore a checkpoint from a backup, or start over in a new run directory.",
     76: "Lower optimizer.learning_rate, look at quarantine/ and metrics/trainer.jsonl, start again.",
+    77: f"Change a setting that the message names with --set. {AGAIN}",
 }
 
 

@@ -5,15 +5,19 @@ the base model itself, and with kl_beta = 0 nobody does: then nothing is loaded 
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from policy.kernels import equip
 from policy.logprobs import TokenLogprobs, pack
 from policy.model import load_model
 from protocol.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 class Reference:
@@ -21,7 +25,9 @@ class Reference:
 
     def __init__(self, recipe: Recipe, directory: Path, device: str) -> None:
         model = load_model(directory, recipe.model.dtype).to(device).eval()
-        self._scorer = TokenLogprobs(model, recipe.sampling.temperature, recipe.trainer.logits_chunk)
+        attention, kernels = equip(model, recipe.trainer, device)
+        log.info("reference: %s", kernels)
+        self._scorer = TokenLogprobs(model, recipe.sampling.temperature, recipe.trainer.logits_chunk, attention)
         self._budget, self._device = recipe.trainer.tokens_per_micro_batch, device
         self._turn = asyncio.Lock()
 

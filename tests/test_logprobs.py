@@ -32,11 +32,12 @@ def plain(model, prompt: np.ndarray, completion: np.ndarray, temperature: float)
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [3, 1000])
-def test_packed_chunked_logprobs_equal_each_sequence_alone(model, temperature, chunk):
+@pytest.mark.parametrize("attention", ["varlen", "sdpa"])
+def test_packed_chunked_logprobs_equal_each_sequence_alone(model, temperature, chunk, attention):
     batch = sequences(5)
-    found, entropies = TokenLogprobs(model, temperature, chunk)(
-        pack([(prompt, [completion]) for prompt, completion in batch])
-    )
+    packed = pack([(prompt, [completion]) for prompt, completion in batch])
+    found, entropies = TokenLogprobs(model, temperature, chunk, attention)(packed)
+    model.set_attn_implementation("sdpa")
     expected = torch.cat([plain(model, prompt, completion, temperature) for prompt, completion in batch])
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
     assert (entropies >= 0).all() and entropies.shape == found.shape

@@ -6,6 +6,7 @@ the number of micro-batches changes with every step.
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policy.kernels import equip
 from policy.logprobs import Packed, TokenLogprobs
 from policy.model import add_adapter, load_model
 from protocol.errors import StorageError
@@ -23,6 +25,10 @@ from protocol.recipe import Optimizer, Recipe
 from trainer.advantage import find
 from trainer.batch import Batch, MicroBatch, make_batch
 from trainer.ranks import Ranks
+from trainer.shards import Entry
+from trainer.zero import zero_settings
+
+log = logging.getLogger(__name__)
 
 
 class Policy:
@@ -38,7 +44,10 @@ class Policy:
         if recipe.trainer.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.model.train()
-        scorer = TokenLogprobs(self.model, recipe.sampling.temperature, recipe.trainer.logits_chunk)
+        attention, kernels = equip(self.model, recipe.trainer, ranks.device)
+        if ranks.first:
+            log.info("%s", kernels)
+        scorer = TokenLogprobs(self.model, recipe.sampling.temperature, recipe.trainer.logits_chunk, attention)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = _adamw(trainable, recipe.optimizer)
         # An inference all-reduce that training never calls; building it needs a compiler and 40 s.
@@ -49,7 +58,7 @@ class Policy:
             model_parameters=trainable,
             optimizer=optimizer,
             lr_scheduler=lambda optimizer: _schedule(optimizer, recipe.optimizer, recipe.trainer.steps),
-            config=_settings(recipe),
+            config=_settings(recipe, ranks.backend, [parameter.numel() for parameter in trainable]),
         )
         self.steps_done = 0
         self.skipped = 0
@@ -106,9 +115,11 @@ class Policy:
         return self._engine.get_lr()[0]
 
     @property
-    def device_peak_gb(self) -> float:
-        """The most GPU memory that this rank's tensors have had, in GiB; 0 without a GPU."""
-        return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    def device_memory(self) -> tuple[int, int]:
+        """Bytes of its GPU that this rank's tensors have had at most, and that torch has taken; 0 without one."""
+        if not torch.cuda.is_available():
+            return 0, 0
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
     @torch.no_grad()
     def score(self, packed: Packed, temperature: float) -> Tensor:
@@ -125,15 +136,28 @@ class Policy:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Trained parameters under their Hugging Face names, one at a time, on rank 0's CPU.
 
-        Other ranks get empty tensors. Under ZeRO 3 each parameter is gathered alone, so no rank holds the model.
-        Tied weights come once, as `save_pretrained` writes them.
+        Other ranks get empty tensors. Under ZeRO 3 each parameter is gathered alone, so no rank holds the model: a
+        tensor holds its values until the next one is asked for. Tied weights come once, as in `save_pretrained`.
         """
-        for name, parameter in self.model.named_parameters():
-            if self.recipe.lora.rank and not parameter.requires_grad:
-                continue
+        for name, parameter in self._published():
             with self._gathered(parameter):
-                data = parameter.detach() if self._ranks.first else torch.empty(0)
-                yield name, data.to("cpu", copy=True)
+                yield name, parameter.detach().cpu() if self._ranks.first else torch.empty(0)
+
+    def layout(self) -> list[Entry]:
+        """What `weights` gives, in its order, before anything is gathered."""
+        return [
+            Entry(name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            for name, parameter in self._published()
+        ]
+
+    def _published(self) -> list[tuple[str, Tensor]]:
+        """With adapters they alone. Wider elements first, as `trainer/shards.py` wants them."""
+        trained = [
+            (name, parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad or not self.recipe.lora.rank
+        ]
+        return sorted(trained, key=lambda pair: -pair[1].dtype.itemsize)
 
     def save(self, directory: Path, tag: str) -> None:
         """Every rank writes its part below `directory / tag`. Raises StorageError, on the rank that could not."""
@@ -238,19 +262,15 @@ def _adamw(parameters: list[torch.nn.Parameter], optimizer: Optimizer) -> torch.
     )
 
 
-def _settings(recipe: Recipe) -> dict:
+def _settings(recipe: Recipe, backend: str, trained: list[int]) -> dict:
+    """trained: elements of each parameter that is."""
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optimizer.max_grad_norm,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        # Under ZeRO 3 only norms and biases stay whole on every rank.
-        "zero_optimization": {
-            "stage": recipe.trainer.zero_stage,
-            "overlap_comm": False,
-            "stage3_param_persistence_threshold": 10_000,
-        },
+        "zero_optimization": zero_settings(recipe, backend, sum(trained), max(trained)),
         "communication_data_type": "fp32",
     }
     if recipe.model.dtype == "bfloat16":

@@ -1,4 +1,4 @@
-"""One record a step in metrics/trainer.jsonl, and one line for whoever watches.
+"""One record a step in metrics/trainer.jsonl, one at the start, and one line for whoever watches.
 
 Names are TRL's where they mean the same.
 """
@@ -11,6 +11,7 @@ import numpy as np
 from protocol.evaluation import Evaluation
 from protocol.memory import peak_gb
 from protocol.metrics import MetricsWriter
+from protocol.versions import versions
 from trainer import figures
 from trainer.batch import Batch
 from trainer.checkup import Checkup
@@ -22,6 +23,8 @@ from trainer.store import Store
 
 log = logging.getLogger(__name__)
 
+GIB = 2**30
+
 
 class Record:
     """Adds up what the ranks measured; the first rank writes."""
@@ -32,6 +35,10 @@ class Record:
         self._seen: list[dict[str, np.ndarray]] = []
         self._since = time.monotonic()
         self._before = {"waited": 0.0, "stored": store.spent_s, "sampled": 0.0}
+
+    def start(self, steps_done: int) -> None:
+        """What the first rank runs on, once in the life of a trainer."""
+        self._writer.write({"kind": "start", "step": steps_done, "versions": versions()})
 
     def add(self, tokens: Figures) -> None:
         """What one forward pass showed of its tokens."""
@@ -47,6 +54,7 @@ class Record:
     def step(self, policy: Policy, batch: Batch, inbox: Inbox) -> None:
         """Ends a step: gathers what the ranks have seen and writes the record."""
         measured = self.measured()
+        host, allocated, reserved = self._ranks.max([int(peak_gb() * GIB), *policy.device_memory])
         now = time.monotonic()
         spent, self._since = now - self._since, now
         if not self._ranks.first:
@@ -63,8 +71,9 @@ class Record:
             "learning_rate": policy.learning_rate,
             "records_lost": self._writer.lost,
             "stream_lost": self._store.lost,
-            "memory/peak_gb": peak_gb(),
-            "memory/device_peak_gb": policy.device_peak_gb,
+            "memory/peak_gb": host / GIB,
+            "memory/device_peak_gb": allocated / GIB,
+            "memory/device_reserved_gb": reserved / GIB,
             "step_time": spent,
             "time/wait_s": waited,
             "time/publish_s": stored,

@@ -1,0 +1,112 @@
+"""Attention in a packed row: who sees whom, and the two ways to compute it.
+
+`sdpa` is torch's, over all pairs of tokens, with a mask: t * t of them, most of them masked in a long row of short
+completions. `varlen` computes only pairs that see each other: each prompt and each completion is a sequence of its
+own for FlashAttention, a completion with the keys of its prompt before its own. The kernel comes with torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+CHANGES_SCORES = ("sliding_window", "softcap", "s_aux", "position_bias")
+"""What some models ask of attention and `varlen` does not do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """A segment is one prompt or one completion; it sees its prompt and itself. s segments, t tokens, k keys."""
+
+    queries: Tensor
+    """[s + 1] int32: segment i is the tokens queries[i] to queries[i + 1]"""
+    keys: Tensor
+    """[s + 1] int32: they see seen[keys[i]:keys[i + 1]]; the last token all of it, the one before all but one, ..."""
+    seen: Tensor
+    """[k] int64, tokens"""
+    longest: tuple[int, int]
+    """Queries and keys of the longest segments."""
+
+    @staticmethod
+    def of(seen: Sequence[tuple[int, np.ndarray]]) -> "Segments":
+        """seen: of each segment in their order the number of its tokens, at least 1, and the tokens that it sees."""
+        lengths = np.array([(queries, len(keys)) for queries, keys in seen])
+        ends = torch.from_numpy(np.concatenate([np.zeros((1, 2), int), lengths.cumsum(0)]).astype(np.int32))
+        return Segments(
+            queries=ends[:, 0].contiguous(),
+            keys=ends[:, 1].contiguous(),
+            seen=torch.from_numpy(np.concatenate([keys for _, keys in seen])),
+            longest=(int(lengths[:, 0].max()), int(lengths[:, 1].max())),
+        )
+
+    def to(self, device: torch.device | str) -> "Segments":
+        return Segments(
+            queries=self.queries.to(device),
+            keys=self.keys.to(device),
+            seen=self.seen.to(device),
+            longest=self.longest,
+        )
+
+    def mask(self, tokens: int, dtype: torch.dtype) -> Tensor:
+        """[1, 1, t, t], to be added to attention scores: 0, and the smallest number of `dtype` where nothing is seen.
+
+        Not bool: torch would make such a tensor of it in every layer, and keep each for the backward pass. Its rows
+        begin at multiples of 16 values, else CUDA kernels copy it. Not -inf, of which cuDNN has made NaN.
+        """
+        segment = torch.arange(len(self.queries) - 1, device=self.seen.device)
+        sees = torch.zeros(len(segment), tokens, dtype=torch.bool, device=self.seen.device)
+        sees[segment.repeat_interleave(self.keys.diff(), output_size=len(self.seen)), self.seen] = True
+        visible = sees[segment.repeat_interleave(self.queries.diff(), output_size=tokens)].tril_()
+        added = torch.zeros(tokens, -(-tokens // 16) * 16, dtype=dtype, device=self.seen.device)[:, :tokens]
+        return added.masked_fill_(visible.logical_not_(), torch.finfo(dtype).min)[None, None]
+
+
+def varlen(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: Segments,
+    scaling: float | None = None,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, h, t, d], key and value [1, g, t, d] -> [1, t, h, d].
+
+    h is a multiple of g. Without a GPU one segment after the other is computed.
+    """
+    unknown = [name for name in CHANGES_SCORES if others.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"varlen attention does not do {', '.join(unknown)}")
+    queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
+    attend = _flash if query.is_cuda else _one_by_one
+    return attend(queries, keys[segments.seen], values[segments.seen], segments, scaling)[None], None
+
+
+AttentionInterface.register("varlen", varlen)
+
+
+def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+    """queries [t, h, d], keys and values [k, g, d] -> [t, h, d]. Causal is aligned to the last query and key."""
+    found = varlen_attn(
+        queries, keys, values, segments.queries, segments.keys, *segments.longest,
+        scale=scaling, window_size=(-1, 0), enable_gqa=True,
+    )  # fmt: skip
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _one_by_one(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+    """The same in plain torch."""
+    sizes = segments.queries.diff().tolist(), segments.keys.diff().tolist()
+    found = []
+    for q, k, v in zip(queries.split(sizes[0]), keys.split(sizes[1]), values.split(sizes[1]), strict=True):
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril_(len(k) - len(q))
+        q, k, v = (part.transpose(0, 1) for part in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True)
+        found.append(out.transpose(0, 1))
+    return torch.cat(found)

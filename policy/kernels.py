@@ -1,0 +1,106 @@
+"""Which kernels compute a model: FlashAttention and Liger's where they are and work, torch's own everywhere else.
+
+Each is looked at on this machine: `varlen` attention must come to what `sdpa` comes to, forward and backward, on a
+few made-up tokens, before a model is computed with it.
+"""
+
+import importlib.util
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from policy.attention import Segments, varlen
+from protocol.errors import UserError
+from protocol.recipe import TrainerTable
+
+Device = torch.device | str
+TOLERANCE = 0.02
+"""Relative difference (2-norm) of two kernels in bfloat16, which keeps 8 bits; what is computed wrongly has about 1."""
+LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
+"""The output layer and the loss stay our own, in float32 and in chunks."""
+
+
+def equip(model: PreTrainedModel, trainer: TrainerTable, device: Device) -> tuple[str, str]:
+    """Puts Liger's kernels into the model, in place. -> its attention (`sdpa` or `varlen`), and all that in words.
+
+    device: where the model will be, whatever it is on now. Raises UserError where what the recipe wants cannot be had.
+    """
+    attention, reason = choose_attention(trainer.attention, model, device)
+    return attention, f"attention {attention} ({reason}), liger {fuse(trainer.liger, model, device)}"
+
+
+def choose_attention(wanted: str, model: PreTrainedModel, device: Device) -> tuple[str, str]:
+    """`sdpa` or `varlen`, and why, in words. wanted: `trainer.attention`. Raises UserError where it cannot be had."""
+    if wanted == "sdpa":
+        return "sdpa", "as trainer.attention says"
+    problem = varlen_problem(model, torch.device(device))
+    if wanted == "varlen" and problem:
+        raise UserError(f"trainer.attention = 'varlen' does not work here: {problem}; use 'auto' or 'sdpa'")
+    if wanted == "auto" and torch.device(device).type == "cpu":
+        return "sdpa", "no GPU"
+    return ("sdpa", problem) if problem else ("varlen", "FlashAttention gives what sdpa gives")
+
+
+def varlen_problem(model: PreTrainedModel, device: torch.device) -> str | None:
+    """Why this model cannot be computed with `varlen` attention on this device; None where it can."""
+    if getattr(model.config, "attention_dropout", 0.0):
+        return "the model has dropout in its attention"
+    if device.type == "cpu":
+        return None
+    if model.dtype != torch.bfloat16:
+        return f"FlashAttention takes bfloat16, and the model is {str(model.dtype).removeprefix('torch.')}"
+    try:
+        gap = kernel_gap(model.config, device, model.dtype)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"FlashAttention fails on this GPU: {str(error).splitlines()[0]}"
+    return None if gap < TOLERANCE else f"FlashAttention and sdpa differ by {gap:.2g} on this GPU"
+
+
+def kernel_gap(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative difference of `varlen` and `sdpa` in one layer's output and gradients."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    prompt, tokens = np.arange(40), 66  # completions of 25 tokens and of 1
+    seen = [(40, prompt), (25, np.arange(65)), (1, np.append(prompt, 65))]
+    segments, random = Segments.of(seen).to(device), torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, dtype)
+
+    layer = nn.Module()
+    layer.num_key_value_groups = heads // groups  # pyright: ignore[reportAttributeAccessIssue]
+    inputs = [numbers(1, count, tokens, width).requires_grad_() for count in (heads, groups, groups)]
+    outer = numbers(1, tokens, heads, width)
+    masked, _ = sdpa_attention_forward(layer, *inputs, segments.mask(tokens, dtype))
+    short, _ = varlen(layer, *inputs, None, segments)
+    expected = [masked, *torch.autograd.grad(masked, inputs, outer)]
+    found = [short, *torch.autograd.grad(short, inputs, outer)]
+    return max(_relative(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).detach().float().norm() / other.detach().float().norm())
+
+
+def fuse(wanted: str, model: PreTrainedModel, device: Device) -> str:
+    """Puts Liger's norms, rotary embedding and feed-forward into a model, in place. -> what came of it, in words.
+
+    wanted: `trainer.liger`. Raises UserError for `on` without the package. The rotary embedding is replaced for all
+    models of this kind in the process.
+    """
+    if wanted == "off":
+        return "off, as trainer.liger says"
+    if wanted == "auto" and torch.device(device).type == "cpu":
+        return "off: no GPU"
+    if importlib.util.find_spec("liger_kernel") is None:
+        if wanted == "on":
+            raise UserError("trainer.liger = 'on' needs liger-kernel; pip install liger-kernel, or use 'auto'")
+        return "off: liger-kernel is not installed"
+    apply_liger_kernel(model, LIGER)
+    known = any("forward" in vars(module) for module in model.modules())
+    return "on" if known else f"off: it does not know {model.config.model_type} models"
