@@ -207,7 +207,12 @@ class TrainerTable(Table, frozen=True):
     replaced by others and not trained. 0: they are trained like all."""
     zero_stage: Annotated[int, Meta(ge=0, le=3)] = 1
     backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Of the ranks' exchange; `auto` tries NCCL, and takes gloo where it fails and on virtual GPUs (docs/vgpu.md)."""
     gradient_checkpointing: bool = True
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"
+    """varlen: FlashAttention, without the pairs of tokens that do not see each other; auto: on GPUs, in bfloat16."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Fused kernels of the package liger-kernel; auto: on GPUs where it is installed."""
     logits_chunk: Positive = 1024
     """Completion positions whose logits exist at the same time."""
     checkpoint_every: Positive = 20

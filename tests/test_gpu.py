@@ -1,11 +1,16 @@
-"""The trainer on a real NVIDIA GPU: the same update as on the CPU, over NCCL and over gloo."""
+"""The trainer on a real NVIDIA GPU: the same update as on the CPU, over NCCL and over gloo, whichever works."""
+
+import logging
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.test_backend import free_port
 from tests.test_policy import run
 from tests.tiny import make_model
+from trainer.backend import choose_backend
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,6 +52,25 @@ def test_gloo_exchanges_gradients_of_gpu_ranks(tiny, on_cpu, tmp_path, stage):
     if stage:
         same_update(on_cpu, found, 1e-4)
     assert found[-1]["weights"] == pytest.approx(on_cpu[-1]["weights"], rel=1e-4)
+
+
+def test_one_gpu_is_tried_with_nccl_in_a_process_of_its_own(caplog):
+    """Skips where NCCL does not work here: then the reason is what `auto` says."""
+    store = dist.TCPStore("127.0.0.1", free_port(), 1, is_master=True)
+    caplog.set_level(logging.INFO)
+    assert choose_backend("auto", 0, 1, torch.device("cuda", 0), store) in ("nccl", "gloo")
+    assert "ranks exchange tensors over" in caplog.text
+    if "over gloo" in caplog.text:
+        pytest.skip(caplog.messages[-1])
+
+
+def test_two_ranks_on_one_gpu_take_gloo_and_cannot_have_nccl(tiny, on_cpu, tmp_path):
+    if torch.cuda.device_count() > 1:
+        pytest.skip("there are several GPUs")
+    found = run(tiny, tmp_path / "auto", "trainer.backend=auto", "trainer.tokens_per_micro_batch=45", world=2, gpu=True)
+    same_update(on_cpu, found, 1e-4)
+    with pytest.raises(AssertionError, match="ranks 0 and 1 share a GPU, which NCCL refuses"):
+        run(tiny, tmp_path / "nccl", "trainer.backend=nccl", world=2, gpu=True)
 
 
 def test_bfloat16_resumes_exactly_on_a_gpu(tiny, tmp_path):

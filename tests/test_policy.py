@@ -40,7 +40,14 @@ def tiny(tmp_path_factory):
 
 
 def run(
-    tiny: Path, directory: Path, *overrides: str, world: int = 1, steps: int = 2, gpu: bool = False, **settings
+    tiny: Path,
+    directory: Path,
+    *overrides: str,
+    world: int = 1,
+    steps: int = 2,
+    gpu: bool = False,
+    module: str = "tests.policy_run",
+    **settings,
 ) -> list[dict]:
     """The first rank's records of a run in `world` real processes."""
     with socket.socket() as free:
@@ -55,7 +62,7 @@ def run(
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         device = {} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         environment = os.environ | {key: str(value) for key, value in place.items()} | device
-        command = [sys.executable, "-m", "tests.policy_run", str(file)]
+        command = [sys.executable, "-m", module, str(file)]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )

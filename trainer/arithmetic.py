@@ -29,13 +29,17 @@ def row_tokens(recipe: Recipe, prompt: int) -> int:
     return max(whole, min(recipe.trainer.tokens_per_micro_batch, share))
 
 
+def micro_batches(recipe: Recipe, prompt: int) -> int:
+    """The most that one rank computes in a step."""
+    return math.ceil(step_tokens(recipe, prompt) / recipe.trainer.gpus / row_tokens(recipe, prompt))
+
+
 def consequences(recipe: Recipe, prompt: int, rows: int) -> str:
     """What follows from the batch numbers for prompts of `prompt` tokens, `rows` of them in the data set."""
     tokens, ranks = step_tokens(recipe, prompt), recipe.trainer.gpus
-    micro_batches = math.ceil(tokens / ranks / row_tokens(recipe, prompt))
     epochs = recipe.trainer.steps * recipe.trainer.prompts_per_step / rows
     return (
-        f"that is at most {tokens} tokens a step, {ranks} ranks x {micro_batches} micro-batches of "
+        f"that is at most {tokens} tokens a step, {ranks} ranks x {micro_batches(recipe, prompt)} micro-batches of "
         f"{row_tokens(recipe, prompt)} tokens; {rows} prompts last {rows / recipe.trainer.prompts_per_step:.0f} steps, "
         f"so the run sees each {epochs:.2g} times"
     )

@@ -10,7 +10,7 @@ from doctor.learning_rate import learning_rate_advice
 from launch.plan import machine as machines
 from launch.plan.lengths import Lengths, all_prompts, doubts, lengths, refusals
 from launch.plan.machine import GIB, Machine
-from launch.plan.need import of_rank
+from launch.plan.need import of_rank, trained
 from launch.plan.placement import Placement, place
 from launch.plan.proposal import nearest
 from launch.plan.shape import Shape, described, shape_of
@@ -20,7 +20,11 @@ from launch.plan.verdict import Verdict
 from protocol.errors import UserError
 from protocol.recipe import Recipe
 from protocol.resolve import load
-from trainer.arithmetic import arithmetic, consequences
+from trainer.arithmetic import arithmetic, consequences, micro_batches
+from trainer.zero import exchanged
+
+SLOW_GB = 5.0
+"""Gloo moves about one GB a second within a machine (benchmarks/gloo.py)."""
 
 
 @dataclass(slots=True)
@@ -47,6 +51,7 @@ def main(arguments: list[str]) -> int:
     plan.say("batch", arithmetic(recipe))
     if rows:
         plan.say("", consequences(recipe, longest, rows))
+    look_at_exchange(plan, shape, longest)
     if advice := learning_rate_advice(recipe):
         plan.doubtful.append(advice)
     need = storage_need(shape, recipe)
@@ -136,6 +141,26 @@ def activation_words(shape: Shape, recipe: Recipe, prompt: int, kind: str) -> st
 
     now = "with" if recipe.trainer.gradient_checkpointing else "without"
     return f"activations: {size(True):.2f} GiB with gradient checkpointing, {size(False):.2f} without; now {now}"
+
+
+def look_at_exchange(plan: Plan, shape: Shape, longest: int) -> None:
+    """What the ranks send each other, which counts where it goes over gloo (docs/vgpu.md)."""
+    recipe, stage = plan.recipe, plan.recipe.trainer.zero_stage
+    if recipe.trainer.gpus == 1:
+        return
+
+    def sent(stage: int) -> float:
+        changed = replace(recipe, trainer=replace(recipe.trainer, zero_stage=stage))
+        counts = trained(shape, recipe), shape.parameters, micro_batches(recipe, longest)
+        return exchanged(changed, *counts) / 1e9
+
+    plan.say("exchange", f"each rank sends and receives at most {sent(stage):.3g} GB in a step, with ZeRO {stage}")
+    if recipe.trainer.backend == "gloo" and stage >= 2 and sent(stage) > SLOW_GB:
+        adapters = "" if recipe.lora.rank else ", adapters (lora.rank) far less"
+        plan.doubtful.append(
+            f"over gloo {sent(stage):.3g} GB a step may take longer than training; trainer.zero_stage = 1 sends "
+            f"{sent(1):.3g}{adapters}"
+        )
 
 
 def look_around(plan: Plan, run: Path, need: StorageNeed) -> None:

@@ -4,11 +4,10 @@ All numbers are bytes. What lives all the time is added up; of what comes and go
 optimizer's step, writing a snapshot) only the largest counts. Compared with measured peaks in docs/planning.md.
 """
 
-from msgspec.structs import replace
-
 from launch.plan.shape import Shape
 from protocol.recipe import Recipe
 from trainer.arithmetic import row_tokens
+from trainer.zero import bucket
 
 GIB = 2**30
 Need = dict[str, float]
@@ -24,8 +23,9 @@ ENGINE_BASE = {"cpu": 2.0 * GIB, "gpu": 1.5 * GIB}
 SPARE = {"cpu": 1.5, "gpu": 1.1}
 """What comes and goes takes more than its size, because an allocator holds back what it got: on the CPU measured, where
 it grows over the first steps; torch's own on a GPU is better at it (a guess)."""
-BUCKET = 500_000_000
-"""DeepSpeed's `reduce_bucket_size`: gradients that are exchanged at a time. On a GPU all of it is taken at once."""
+REDUCED = 500_000_000
+"""Gradients that DeepSpeed's engine puts side by side to exchange them, under ZeRO 0 and 1; larger tensors go by
+themselves, without a copy."""
 LIVE = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters`: parameters that ZeRO 3 keeps whole on a rank."""
 
@@ -43,13 +43,13 @@ def of_rank(shape: Shape, recipe: Recipe, prompt: int, kind: str) -> Need:
     """One rank of the trainer, for prompts of at most `prompt` tokens. kind: cpu or gpu."""
     tokens = row_tokens(recipe, prompt)
     passing = {
-        "activations": SPARE[kind] * activations(shape, recipe, tokens),
+        "activations": SPARE[kind] * activations(shape, recipe, tokens, kind, prompt),
         "logits": SPARE[kind] * logits(shape, recipe, min(tokens, recipe.trainer.logits_chunk)),
     }
     aside = max(_step(shape, recipe, kind), _publish(shape, recipe) if kind == "cpu" else 0)
     return {
         "weights": _weights(shape, recipe),
-        "gradients": _gradients(shape, recipe, kind),
+        "gradients": _gradients(shape, recipe),
         "optimizer": _optimizer(shape, recipe),
         **passing,
         "more in step or snapshot": max(0.0, SPARE[kind] * aside - sum(passing.values())),
@@ -69,18 +69,18 @@ def _weights(shape: Shape, recipe: Recipe) -> float:
     return whole
 
 
-def _gradients(shape: Shape, recipe: Recipe, kind: str) -> float:
+def _gradients(shape: Shape, recipe: Recipe) -> float:
     """Of the model's dtype from autograd, and float32 sums: whole under ZeRO 0 and 1, a rank's share under 2 and 3,
-    where autograd's go through a bucket."""
+    where autograd's go through a bucket; the largest of them exists beside it."""
     count, size, stage = trained(shape, recipe), BYTES[recipe.model.dtype], recipe.trainer.zero_stage
     if stage == 0:
         return size * count
-    bucket = size * (BUCKET if kind == "gpu" else min(BUCKET, count))
-    if stage >= 2:
-        return bucket + 4 * count / recipe.trainer.gpus
-    if size == 2:
+    if stage == 1 and size == 2:
         return (size + 4) * count
-    return bucket + size * count + 4 * count / recipe.trainer.gpus
+    largest = shape.largest(recipe.lora)
+    backend = "nccl" if recipe.trainer.backend == "nccl" else "gloo"  # of `auto` the one that needs more
+    buffers = 4 * bucket(recipe, backend, count, largest) + size * largest
+    return buffers + (size * count if stage == 1 else 0) + 4 * count / recipe.trainer.gpus
 
 
 def _optimizer(shape: Shape, recipe: Recipe) -> float:
@@ -90,20 +90,35 @@ def _optimizer(shape: Shape, recipe: Recipe) -> float:
     return 8 * count if recipe.trainer.zero_stage == 0 else 12 * count / recipe.trainer.gpus
 
 
-def activations(shape: Shape, recipe: Recipe, tokens: int) -> float:
-    """What autograd keeps of a forward pass: of all layers, or with checkpointing their inputs and one layer whole.
+def activations(shape: Shape, recipe: Recipe, tokens: int, kind: str = "cpu", prompt: int = 0) -> float:
+    """What autograd keeps of a forward pass: of all layers, or with checkpointing their inputs and one layer whole."""
+    layer, mask = _layer(shape, recipe, tokens, kind, prompt)
+    if recipe.trainer.gradient_checkpointing:
+        return BYTES[recipe.model.dtype] * tokens * shape.hidden * shape.layers + layer + mask
+    return shape.layers * layer + mask
+
+
+def _layer(shape: Shape, recipe: Recipe, tokens: int, kind: str, prompt: int) -> tuple[float, float]:
+    """Bytes of one layer, and of the mask that all layers share.
 
     Counted along transformers' Llama and Qwen layers, in values of the model's dtype for a token: the inputs of the
-    linear layers, queries, keys and values (repeated for all heads), the attention's output twice, four of the
-    feed-forward's width, and in both norms one value and one in float32. The mask is there once in a layer.
+    linear layers, queries, keys and values, the attention's output twice, four of the feed-forward's width, and in
+    both norms one value and one in float32. `sdpa` repeats keys and values for all heads; `varlen` has no mask, and
+    the prompt's keys and values once more for each completion.
     """
     size = BYTES[recipe.model.dtype]
-    attention = 3 * shape.query + 2 * shape.key + 2 * shape.query
-    layer = size * (2 * shape.hidden + attention + 4 * shape.inner) + 2 * (size + 4) * shape.hidden
-    whole = tokens * layer + size * tokens**2
-    if recipe.trainer.gradient_checkpointing:
-        return size * tokens * shape.hidden * shape.layers + whole
-    return shape.layers * whole
+    attention, mask = 3 * shape.query + 2 * shape.key, size * tokens**2
+    if varlen(recipe, kind):
+        seen = (prompt + recipe.sampling.max_tokens) / recipe.sampling.max_tokens
+        attention, mask = shape.query + 2 * shape.key * (1 + seen), 0
+    values = 2 * shape.hidden + attention + 2 * shape.query + 4 * shape.inner
+    return tokens * (size * values + 2 * (size + 4) * shape.hidden), mask
+
+
+def varlen(recipe: Recipe, kind: str) -> bool:
+    """Whether a rank will compute attention so, as far as settings tell (policy/kernels.py)."""
+    chosen, dtype = recipe.trainer.attention, recipe.model.dtype
+    return chosen == "varlen" or (chosen == "auto" and kind == "gpu" and dtype == "bfloat16")
 
 
 def logits(shape: Shape, recipe: Recipe, positions: int) -> float:
@@ -113,9 +128,21 @@ def logits(shape: Shape, recipe: Recipe, positions: int) -> float:
 
 
 def _step(shape: Shape, recipe: Recipe, kind: str) -> float:
-    """Copies that torch's AdamW makes of the second moment: one, on CPUs two."""
+    """Copies that torch's AdamW makes of the second moment: one, on CPUs two. Or those of gradients, if more."""
     share = recipe.trainer.gpus if recipe.trainer.zero_stage else 1
-    return (8 if kind == "cpu" else 4) * trained(shape, recipe) / share
+    moments = (8 if kind == "cpu" else 4) * trained(shape, recipe) / share
+    return max(moments, _exchange(shape, recipe) if recipe.trainer.gpus > 1 else 0)
+
+
+def _exchange(shape: Shape, recipe: Recipe) -> float:
+    """Float32 copies of gradients that are exchanged together; under ZeRO 1 in bfloat16 large models need none, because
+    all their sums are one tensor."""
+    count, stage, largest = trained(shape, recipe), recipe.trainer.zero_stage, shape.largest(recipe.lora)
+    if stage == 0:
+        return 4 * min(count, REDUCED + largest)
+    if stage == 1 and recipe.model.dtype == "bfloat16":
+        return 4 * count if count <= REDUCED else 0
+    return 4 * largest
 
 
 def _publish(shape: Shape, recipe: Recipe) -> float:
@@ -126,8 +153,18 @@ def _publish(shape: Shape, recipe: Recipe) -> float:
 def of_host(shape: Shape, recipe: Recipe) -> float:
     """Of the machine with GPUs, for all ranks and engines together: each loads the model on the CPU first."""
     model = BYTES[recipe.model.dtype] * shape.parameters
-    ranks = recipe.trainer.gpus * (3 * GIB + model) + _publish(shape, recipe)
+    ranks = recipe.trainer.gpus * (3 * GIB + model + _pinned(shape, recipe)) + _publish(shape, recipe)
     return ranks + recipe.sampler.gpus * (6 * GIB + 2 * model)
+
+
+def _pinned(shape: Shape, recipe: Recipe) -> float:
+    """What gloo copies CUDA tensors through, of one rank. torch keeps it, in powers of two: up to twice the size."""
+    if recipe.trainer.backend != "gloo" or recipe.trainer.gpus == 1:
+        return 0
+    count, stage = trained(shape, recipe), recipe.trainer.zero_stage
+    gradients = 4 * (count if stage <= 1 else max(bucket(recipe, "gloo", count, 0), shape.largest(recipe.lora)))
+    weights = {0: 0, 3: shape.vocabulary * shape.hidden}.get(stage, count)
+    return 2 * (gradients + BYTES[recipe.model.dtype] * weights)
 
 
 def completion_bytes(shape: Shape, recipe: Recipe, tokens: int) -> float:
@@ -156,14 +193,13 @@ def of_engine(shape: Shape, recipe: Recipe, prompt: int, device: float | None) -
     else:
         parts["KV cache"] = recipe.sampler.gpu_memory * device - base - weights
     if has_reference(recipe):
-        parts["reference"] = model + _reference(shape, recipe, prompt)
+        parts["reference"] = model + _reference(shape, recipe, prompt, "cpu" if device is None else "gpu")
     return parts
 
 
-def _reference(shape: Shape, recipe: Recipe, prompt: int) -> float:
+def _reference(shape: Shape, recipe: Recipe, prompt: int, kind: str) -> float:
     """One layer and the logits of one group."""
     completions = recipe.sampling.group_size * recipe.sampling.max_tokens
     tokens = min(recipe.trainer.tokens_per_micro_batch, prompt + completions)
-    plain = replace(recipe, trainer=replace(recipe.trainer, gradient_checkpointing=False))
     scored = min(recipe.trainer.logits_chunk, tokens)
-    return activations(shape, plain, tokens) / shape.layers + 12 * scored * shape.vocabulary
+    return sum(_layer(shape, recipe, tokens, kind, prompt)) + 12 * scored * shape.vocabulary

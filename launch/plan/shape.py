@@ -44,6 +44,12 @@ class Shape:
         """Parameters of the adapters: r * (inputs + outputs) for each layer that gets one (arXiv 2106.09685)."""
         return lora.rank * sum(map(sum, self._targets(lora).values()))
 
+    def largest(self, lora: Lora) -> int:
+        """Elements of the largest parameter that is trained."""
+        if lora.rank:
+            return lora.rank * max((max(size) for size in self._targets(lora).values()), default=0)
+        return max(self.vocabulary * self.hidden, *(inputs * outputs for inputs, outputs in self.linears.values()))
+
     def packed(self) -> int:
         """Parameters that NF4 packs."""
         return sum(inputs * outputs for inputs, outputs in self.linears.values())

@@ -1,0 +1,119 @@
+"""Whether a communication backend works between these ranks, found out by processes that may hang or crash.
+
+    python -m trainer.trial BACKEND RANK WORLD DEVICE HOST PORT     (each rank starts one)
+
+The processes form a group of their own through the ranks' store, and sum up small and large tensors. The sums are
+looked at: a broken peer-to-peer path gives wrong numbers without an error.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from subprocess import Popen
+from typing import IO
+
+import torch
+import torch.distributed as dist
+
+from protocol.failure import died
+from protocol.process import die_with_parent, end, start
+
+DEADLINE_S = 120.0
+"""For the import of torch, CUDA's start, the backend's own and the sums."""
+SIZES = (1, 2**24)
+"""Float32 numbers in a sum: 4 bytes, and 64 MiB, which take other paths through NCCL."""
+TRY = "trainer.trial"
+FAILED = "failed: "
+LONGEST = 400
+"""Characters of a backend's message that are quoted."""
+
+
+def works(
+    backend: str, rank: int, world: int, device: torch.device, store: dist.Store, deadline_s: float = DEADLINE_S
+) -> str:
+    """Called by all ranks together; empty where the sums came out right on all, else why not, the same on all.
+
+    device: this rank's, with its number where it is a GPU. store: the ranks' own, served over TCP.
+    """
+    served = _served(store)
+    command = [sys.executable, "-m", TRY, backend, str(rank), str(world), str(device), served.host, str(served.port)]
+    with tempfile.TemporaryFile() as log:
+        child = start(command, log=log, environment={"NCCL_DEBUG": os.environ.get("NCCL_DEBUG", "WARN")})
+        try:
+            why = _wait(child, store, deadline_s)
+        finally:
+            end(child, grace_s=0.0)
+        said = _said(log)
+    if why and not store.check([f"{TRY}/failed"]):  # else it is what the first failure led to
+        why = said.removeprefix(FAILED) if said.startswith(FAILED) else ": ".join(filter(None, [why, said]))
+        store.set(f"{TRY}/failed", why)
+    store.set(f"{TRY}/{rank}", "done")
+    store.wait([f"{TRY}/{other}" for other in range(world)], timedelta(seconds=deadline_s + 60))
+    return store.get(f"{TRY}/failed").decode() if store.check([f"{TRY}/failed"]) else ""
+
+
+def _wait(child: Popen, store: dist.Store, deadline_s: float) -> str:
+    """How it failed; empty when it ended well. When another rank's has failed it is not waited for any longer."""
+    deadline = time.monotonic() + deadline_s
+    while child.poll() is None:
+        if store.check([f"{TRY}/failed"]):
+            return "another rank's trial failed"
+        if time.monotonic() > deadline:
+            return f"no answer within {deadline_s:g} s"
+        time.sleep(0.1)
+    return died(child.returncode) if child.returncode else ""
+
+
+def _served(store: dist.Store) -> dist.TCPStore:
+    """The store under the prefixes that torchrun puts before its own."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    assert isinstance(store, dist.TCPStore)
+    return store
+
+
+def _said(log: IO[bytes]) -> str:
+    """What a reader wants of the output: our own last word, else NCCL's warning, else the last line."""
+    log.seek(0)
+    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith(FAILED)]
+    warned = [line.partition("NCCL WARN ")[2] for line in lines if "NCCL WARN " in line]
+    found = (ours or warned or lines or [""])[-1]
+    return found if len(found) <= LONGEST else f"{found[:LONGEST]} ..."
+
+
+def sum_up(backend: str, rank: int, world: int, device: torch.device, store: dist.Store) -> None:
+    """Raises what the backend raises, and RuntimeError where a sum is wrong."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    limit = timedelta(seconds=DEADLINE_S)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    for size in SIZES:
+        tensor = torch.full((size,), rank + 1.0, device=device)
+        dist.all_reduce(tensor)
+        wrong = int((tensor != world * (world + 1) / 2).sum())
+        if wrong:
+            raise RuntimeError(f"of a sum over {world} ranks {wrong} of {size} numbers are wrong")
+    dist.destroy_process_group()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code 1 and one line that begins with `failed:` where the backend says why."""
+    die_with_parent(signal.SIGKILL)
+    backend, rank, world, device, host, port = arguments
+    torch.set_num_threads(1)
+    try:
+        served = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=DEADLINE_S))
+        sum_up(backend, int(rank), int(world), torch.device(device), dist.PrefixStore(f"{TRY}/group", served))
+    except Exception as error:
+        sys.stdout.write(f"{FAILED}{' '.join(str(error).split())}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
