@@ -2,6 +2,8 @@
 
 deepspeed --num_gpus=2 --module trainer --run runs/demo
 python -m trainer --gpus 2 --run runs/demo        the same, through DeepSpeed's launcher
+torchrun --nproc-per-node 2 -m -- trainer --run runs/demo    the same with torchrun
+srun --ntasks-per-node=2 python -m trainer --run runs/demo   each task is a rank; docs/cluster.md: several nodes
 python -m trainer --replay runs/demo --run runs/again   trains from a recorded stream
 python -m trainer --run runs/demo --export DIR          writes a snapshot as a model directory
 """
@@ -23,17 +25,21 @@ from protocol.process import TRAINER_PID, group_alive, members, on_stop_signal, 
 from protocol.resolve import load
 from protocol.rundir import RunDir, resolve_recipe
 from protocol.trackers import refuse_missing
+from trainer.place import find
 from trainer.stream import replayed, resolve_replay
 
 
 def main() -> int:
     flags = parser("trainer", "Learns from the groups that samplers send and publishes weights back to them.")
     flags.add_argument("--gpus", type=int, help="ranks to start; without a GPU, processes (default: trainer.gpus)")
+    flags.add_argument("--backend", choices=["auto", "nccl", "gloo"], help="same as --set trainer.backend=...")
     flags.add_argument("--replay", type=Path, metavar="DIR", help="train from the stream that this run recorded")
     flags.add_argument("--export", type=Path, metavar="DIR", help="write a snapshot of --run as a model directory")
     flags.add_argument("--snapshot", metavar="NAME", help="of --export: best, latest or an id (default: best, if any)")
     flags.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher; not for you")
     options = flags.parse_args()
+    if options.backend:
+        options.overrides.append(f"trainer.backend={options.backend}")
     if options.export or options.snapshot:
         return main_of_export(options)
     if options.replay:
@@ -43,10 +49,12 @@ def main() -> int:
         print(f"trainer: {rundir.path} is complete; ask for more with --set trainer.steps=N", flush=True)
         return 0
     refuse_missing(recipe.tracking)
-    if "RANK" not in os.environ:
+    place = find(os.environ)
+    if place is None:
         gpus, steps = options.gpus or recipe.trainer.gpus, recipe.trainer.steps
         return launch(gpus, rundir, lambda: rundir.is_complete(steps))
-    with explained(rundir.path, f"trainer rank {os.environ['RANK']}"):
+    os.environ.update(place.variables())
+    with explained(rundir.path, f"trainer rank {place.rank}"):
         from trainer.rank import run  # torch and deepspeed, only now
 
         return run(rundir, recipe)
@@ -79,10 +87,12 @@ def main_of_export(options: argparse.Namespace) -> int:
 
 def main_of_replay(options: argparse.Namespace) -> int:
     rundir, recipe = resolve_replay(options.replay, options.run, options.recipe, options.overrides)
-    if "RANK" not in os.environ:
+    place = find(os.environ)
+    if place is None:
         gpus = options.gpus or recipe.trainer.gpus
         return launch(gpus, rundir, lambda: replayed(rundir.path), ["--replay", str(options.replay)])
-    with explained(rundir.path, f"trainer rank {os.environ['RANK']}"):
+    os.environ.update(place.variables())
+    with explained(rundir.path, f"trainer rank {place.rank}"):
         from trainer.replay import replay
 
         return replay(rundir, recipe, options.replay)

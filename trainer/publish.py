@@ -1,7 +1,8 @@
 """Weights -> an immutable snapshot that samplers, `from_pretrained` and vLLM can load.
 
-All ranks gather together; rank 0 alone writes. A full snapshot is a complete Hugging Face model directory; with
-adapters it is the adapter alone. Weights that are not finite are never written.
+All ranks gather together, parameter by parameter; rank 0 alone writes, and holds one of them at a time. A full snapshot
+is a complete Hugging Face model directory; with adapters it is the adapter alone. Weights that are not finite
+are never written.
 """
 
 import json
@@ -10,14 +11,12 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from policy.canary import canary_sequences
 from policy.logprobs import pack
 from policy.model import copy_model_files, model_fingerprint
-from protocol.errors import Diverged
 from protocol.messages import Pulse
 from protocol.rundir import RunDir
 from protocol.snapshot import (
@@ -32,8 +31,7 @@ from protocol.snapshot import (
 )
 from trainer.engine import Policy
 from trainer.retention import check_room, size_of_newest
-
-SHARD_BYTES = 2 << 30
+from trainer.shards import Entry, write_file, write_shards
 
 
 class Publisher:
@@ -70,7 +68,7 @@ class Publisher:
                 incarnation=self._incarnation,
                 model=model_fingerprint(policy.directory),
                 canary=canary,
-                files=write_weights(aside, _finite(weights), policy),
+                files=write_weights(aside, weights, policy),
             )
             sha256 = seal(aside, self._rundir.snapshots / identifier, manifest)
         self._parent = identifier
@@ -84,50 +82,28 @@ class Publisher:
 
 
 def write_weights(aside: Path, weights: Iterator[tuple[str, Tensor]], policy: Policy) -> dict[str, File]:
-    """A model directory without its manifest: shards, index, configuration and tokenizer; or an adapter."""
+    """A model directory without its manifest: shards, index, configuration and tokenizer; or an adapter.
+
+    Raises Diverged where values are not finite.
+    """
     if policy.recipe.lora.rank:
-        return _write_adapter(aside, dict(weights), policy)
-    shards = _write_shards(aside, weights)
+        return _write_adapter(aside, {name: tensor.clone() for name, tensor in weights}, policy)
+    shards = write_shards(aside, policy.layout(), weights)
     copy_model_files(policy.directory, aside, policy.recipe.model.dtype)
     return shards | {path.name: hash_file(path) for path in aside.iterdir() if "safetensors" not in path.name}
 
 
-def _write_shards(aside: Path, weights: Iterator[tuple[str, Tensor]]) -> dict[str, File]:
-    shards: list[dict[str, Tensor]] = [{}]
-    files, index, size, total = {}, {}, 0, 0
-    temporary: list[str] = []
-
-    def flush() -> None:
-        name = f"model-{len(temporary) + 1:05d}.safetensors"
-        files[name] = write_hashed(aside / name, save(shards[-1], metadata={"format": "pt"}))
-        index.update(dict.fromkeys(shards[-1], name))
-        temporary.append(name)
-        shards[-1] = {}
-
-    for name, tensor in weights:
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            flush()
-            size = 0
-        shards[-1][name] = tensor.contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    if len(temporary) == 1:
-        (aside / temporary[0]).rename(aside / "model.safetensors")
-        return {"model.safetensors": files[temporary[0]]}
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-    return files | {"model.safetensors.index.json": write_hashed(aside / "model.safetensors.index.json", text.encode())}
-
-
 def _write_adapter(aside: Path, weights: dict[str, Tensor], policy: Policy) -> dict[str, File]:
-    """peft's own layout, which peft, vLLM and the hub read."""
+    """peft's own layout, which peft, vLLM and the hub read. Adapters are small: peft gets all of them at once."""
     named = get_peft_model_state_dict(policy.model, state_dict=weights)
-    prefixed = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()}
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in named.items()}
+    entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in prefixed.items()]
     settings = policy.model.peft_config["default"].to_dict()
     settings["target_modules"] = sorted(settings["target_modules"])
     settings |= {"inference_mode": True, "base_model_name_or_path": policy.recipe.model.path}
     text = json.dumps({key: value for key, value in settings.items() if _plain(value)}, indent=1)
     return {
-        "adapter_model.safetensors": write_hashed(aside / "adapter_model.safetensors", save(prefixed)),
+        "adapter_model.safetensors": write_file(aside / "adapter_model.safetensors", entries, iter(prefixed.items())),
         "adapter_config.json": write_hashed(aside / "adapter_config.json", text.encode()),
     }
 
@@ -138,10 +114,3 @@ def _plain(value: object) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _finite(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in weights:
-        if not torch.isfinite(tensor).all():
-            raise Diverged(f"{name} holds values that are not finite: nothing is published; lower the learning rate")
-        yield name, tensor

@@ -35,9 +35,12 @@ from trainer.engine import Policy
 from trainer.exams import Exams
 from trainer.inbox import Inbox
 from trainer.loop import train
+from trainer.place import here
 from trainer.publish import Publisher
 from trainer.ranks import Ranks
 from trainer.record import Record
+from trainer.roll_call import call_roll
+from trainer.shortage import shortage_explained
 from trainer.store import Store
 from trainer.stream import StreamWriter
 
@@ -50,8 +53,9 @@ ORPHAN_S = 120.0
 def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Policy) -> int:
     """The whole life of one rank. 0 when the run is complete, or was asked to stop and has saved."""
     stop = begin("trainer", rundir)
-    keys, directory = open_keys(rundir.keys), locate(recipe.model)
-    with Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
+    with shortage_explained(recipe), Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
+        call_roll(ranks, rundir, recipe)
+        keys, directory = open_keys(rundir.keys), locate(recipe.model)
         # Bind before claiming the incarnation: a second trainer on this port must not fence the first one.
         hub = Hub(keys, recipe.network.bind, recipe.network.port) if ranks.first else None
         if ranks.first:
@@ -80,6 +84,7 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
             with MetricsWriter(rundir.metrics / "trainer.jsonl" if ranks.first else Path(os.devnull)) as writer:
                 checkup = Checkup(rundir, recipe, policy.steps_done) if ranks.first else None
                 record = Record(writer, ranks, store, checkup)
+                record.start(policy.steps_done)
                 exams = Exams(rundir, recipe, inbox, record, ranks, step=policy.steps_done)
                 complete = whole_run(policy, inbox, store, exams, record, recipe)
             store.checkpoint(policy, inbox, now=True)
@@ -99,11 +104,12 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
 def begin(name: str, rundir: RunDir) -> threading.Event:
     """What the process of any rank needs: a log, a run directory, an end with its launcher, and the event that a stop
     signal sets."""
-    log_to_console(f"{name}.{os.environ['RANK']}")
+    place = here()
+    log_to_console(f"{name}.{place.rank}")
     stop = threading.Event()
     on_stop_signal(stop.set)
     die_with_parent()
-    watch_ancestors(2, lambda: orphaned(stop))
+    watch_ancestors(place.ancestors, lambda: orphaned(stop))
     rundir.make()
     return stop
 

@@ -5,7 +5,6 @@ bytes: no object is pickled between ranks. A rank that waits for rollouts answer
 seconds, so no collective ever times out because samplers are slow.
 """
 
-import logging
 import os
 from datetime import timedelta
 from typing import Self
@@ -14,9 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from protocol.errors import UserError
-
-log = logging.getLogger(__name__)
+from protocol.failure import LOST_PEER
+from trainer.backend import choose_backend
+from trainer.place import here
+from trainer.rendezvous import gone, meet
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -25,19 +25,21 @@ class Ranks:
     """Joins the process group that the launcher's environment describes; leaves it on exit."""
 
     def __init__(self, backend: str, threads: int) -> None:
-        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        self.backend = choose_backend(backend, local_world)
+        place = here()
+        self.rank, self.world = place.rank, place.world
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            self.device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
             os.environ["LOCAL_RANK"] = str(self.device.index)  # DeepSpeed takes the device from here
         else:
             self.device = torch.device("cpu")
             # Two threads on one core spin against each other: a step took 41 s instead of 3.
-            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world))
-        # Without device_id: with gloo it would make a later new_group fail on CUDA.
-        dist.init_process_group(self.backend, timeout=TIMEOUT)
+            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // place.local_world))
+        self.store, self.peers = meet(place)
+        self.backend = choose_backend(backend, self.rank, self.world, self.device, self.store)
+        # Before DeepSpeed, which would take NCCL. Without device_id: with gloo a later new_group would fail on CUDA.
+        store = dist.PrefixStore("ranks", self.store)
+        dist.init_process_group(self.backend, store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT)
         self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     @property
@@ -68,21 +70,10 @@ class Ranks:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
+        """A lost connection is raised again with the name of the rank that broke it."""
         if kind is None:  # after an error the others may not answer any more
             dist.destroy_process_group()
-
-
-def choose_backend(wanted: str, local_world: int) -> str:
-    """`auto`: nccl on GPUs, except on virtual ones and where ranks share one, where it cannot work; else gloo."""
-    if wanted == "nccl" and not (torch.cuda.is_available() and dist.is_nccl_available()):
-        raise UserError("trainer.backend = 'nccl' needs NVIDIA GPUs and a torch built for them; use 'gloo' or 'auto'")
-    if wanted != "auto":
-        return wanted
-    if not dist.is_nccl_available() or torch.cuda.device_count() < local_world:
-        return "gloo"
-    name = torch.cuda.get_device_name()
-    if "GRID" in name or "vGPU" in name:
-        log.warning("%s is a virtual GPU, where NCCL does not work: using gloo", name)
-        return "gloo"
-    return "nccl"
+        elif isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+            who = " or ".join(map(str, gone(self.peers, self.rank, str(error))))
+            raise RuntimeError(f"{who} is gone: {str(error).splitlines()[0]}") from error

@@ -31,6 +31,8 @@ from trainer.publish import Publisher
 from trainer.rank import begin
 from trainer.ranks import Ranks
 from trainer.record import Record
+from trainer.roll_call import call_roll
+from trainer.shortage import shortage_explained
 from trainer.store import Store
 from trainer.stream import read_stream, recorded, stream_of
 
@@ -40,8 +42,9 @@ log = logging.getLogger(__name__)
 def replay(rundir: RunDir, recipe: Recipe, stream: Path) -> int:
     """The whole life of one rank of a replay. 0 when every recorded step, or `trainer.steps` of them, is repeated."""
     stop = begin("replay", rundir)
-    directory = locate(recipe.model)
-    with Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
+    with shortage_explained(recipe), Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
+        call_roll(ranks, rundir, recipe)
+        directory = locate(recipe.model)
         policy = Policy(recipe, directory, ranks)
         policy.steps_done = ranks.max([min(recorded(stream)) - 1 if ranks.first else 0])[0]
         source = Recorded(ranks, recipe, read_stream(stream), vocabulary_size(directory), stop)

@@ -116,7 +116,7 @@ class Cluster:
         self.full_since: float | None = None
         self.come_back: float | None = None
         self.abandoned = False
-        self._size = 0
+        self._size = self._moved = 0
         self._progress = time.monotonic()
 
     # -- processes -----------------------------------------------------------------------------------------------
@@ -254,12 +254,15 @@ class Cluster:
             raise Violation(f"a {job.kind} ended with exit code {strange}; see {self.rundir.path.parent}")
 
     def _look_for_progress(self) -> None:
+        """A start alone is none: a trainer that is started again and again gets nowhere."""
         path = self.rundir.metrics / "trainer.jsonl"
         size = path.stat().st_size if path.exists() else 0
         now = time.monotonic()
-        if size != self._size:
-            self._size, self._progress = size, now
-            self.steps_seen.append((now, size))
+        moved = size != self._size and len([r for r in read_metrics(path) if r["kind"] != "start"])
+        self._size = size
+        if moved and moved != self._moved:
+            self._moved, self._progress = moved, now
+            self.steps_seen.append((now, moved))
         elif now - self._progress > STALL_S:
             alive = [(job.kind, job.alive, job.codes) for job in self.jobs()]
             raise Violation(f"no step for {STALL_S:.0f} s, alive: {alive}; see {self.rundir.path.parent}")

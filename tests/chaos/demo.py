@@ -81,8 +81,12 @@ def steps(run: Path) -> int:
 
 def history(run: Path) -> dict[int, list[int]]:
     """Groups of each step; of a step that was done twice, the one that counts."""
-    records = [r for r in read_metrics(run / "metrics" / "trainer.jsonl") if r["kind"] == "step"]
-    return {record["step"]: record["groups"] for record in records}
+    return {record["step"]: record["groups"] for record in records(run) if record["kind"] == "step"}
+
+
+def records(run: Path) -> list[dict]:
+    """Of the trainer, without those of its starts."""
+    return [record for record in read_metrics(run / "metrics" / "trainer.jsonl") if record["kind"] != "start"]
 
 
 def wait_for_step(run: Path, step: int, launcher: subprocess.Popen, log: Path) -> None:
@@ -90,8 +94,8 @@ def wait_for_step(run: Path, step: int, launcher: subprocess.Popen, log: Path) -
         if launcher.poll() is not None:
             raise SystemExit(f"the launcher ended with {launcher.returncode}: {log.read_text()[-3000:]}")
         time.sleep(0.2)
-    last = read_metrics(run / "metrics" / "trainer.jsonl")
-    while len(read_metrics(run / "metrics" / "trainer.jsonl")) == len(last) and launcher.poll() is None:
+    last = records(run)
+    while len(records(run)) == len(last) and launcher.poll() is None:
         time.sleep(0.2)  # the run must be moving again since the last kill
 
 

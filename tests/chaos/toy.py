@@ -19,6 +19,7 @@ from sampler.weights import Apply, Weights
 from trainer.advantage import ADVANTAGES
 from trainer.batch import Batch, MicroBatch, make_batch
 from trainer.ranks import Ranks
+from trainer.shards import Entry
 
 GROUPS = 4096
 TOKENS = 6
@@ -34,7 +35,8 @@ class ToyPolicy:
     """`trainer.engine.Policy` with a vector for a model; every rank holds all of it."""
 
     learning_rate = 1.0
-    grad_norm = device_peak_gb = 0.0
+    grad_norm = 0.0
+    device_memory = (0, 0)
     spoilt: frozenset[int] = frozenset()
     """Groups that make a step not finite."""
 
@@ -79,6 +81,9 @@ class ToyPolicy:
         half = GROUPS // 2  # two tensors: each is a place to be killed at
         yield "first", self._weights[:half].clone()
         yield "second", self._weights[half:].clone()
+
+    def layout(self) -> list[Entry]:
+        return [Entry(name, torch.float32, (GROUPS // 2,)) for name in ("first", "second")]
 
     def save(self, directory: Path, tag: str) -> None:
         (directory / tag).mkdir(exist_ok=True)
