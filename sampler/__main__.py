@@ -3,7 +3,8 @@
     python -m sampler --gpus 2 --run runs/demo
 
 Starts `gpus / tensor_parallel` engines, each a process of its own that joins the run by itself; without a GPU the
-number counts engine processes. This parent only watches: when one engine ends for good, all end.
+number counts engine processes. This parent watches (`supervisor.py`): an engine that dies beside others is started
+again while they go on.
 
     python -m sampler --eval best --run runs/demo
 
@@ -16,27 +17,20 @@ samples training prompts for so many seconds, without a trainer; `python -m laun
 
 import argparse
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from protocol.cli import exit_with, log_to_console, parser
-from protocol.errors import RunError, UserError
+from protocol.errors import UserError
 from protocol.evaluation import compare, read
-from protocol.failure import died, explained, put_aside, write_failure
-from protocol.process import die_with_parent, end, on_stop_signal, start, visible_gpus
+from protocol.failure import explained, put_aside
+from protocol.process import die_with_parent
 from protocol.recipe import Recipe
 from protocol.resolve import load
 from protocol.rundir import RunDir, resolve_recipe
 from sampler.candidate import find
 from sampler.scores import table, versus
-
-REPLICA = "VESPER_REPLICA"
-ALONE = "VESPER_ALONE"
-"""Environment: this process is the engine itself, not the parent that watches it."""
-GRACE_S = 15.0
+from sampler.supervisor import ALONE, REPLICA, begin_alone, environments, watch
 
 
 def main() -> int:
@@ -64,6 +58,15 @@ def main() -> int:
         return 0
     put_aside(rundir.path, "sampler")
     return supervise(rundir, recipe)
+
+
+def supervise(rundir: RunDir, recipe: Recipe) -> int:
+    """Runs one process for each engine until all have ended. -> exit code."""
+    own = environments(recipe, recipe.sampler.gpus // recipe.sampler.tensor_parallel)
+    gpus = ",".join(filter(None, (one["CUDA_VISIBLE_DEVICES"] for one in own)))
+    print(f"sampler: {len(own)} engines ({'GPUs ' + gpus if gpus else 'CPU processes'})", flush=True)
+    log_to_console("sampler")
+    return watch([sys.executable, "-m", "sampler", "--run", str(rundir.path), *sys.argv[1:]], own, rundir.path)
 
 
 def add_evaluation(flags: argparse.ArgumentParser) -> None:
@@ -131,87 +134,6 @@ def probe(options: argparse.Namespace, overrides: list[str]) -> int:
 def refuse_out(out: Path | None) -> None:
     if out and (out.suffix != ".json" or not out.parent.is_dir()):
         raise UserError(f"--out {out}: expected FILE.json in a directory that is there")
-
-
-def begin_alone(recipe: Recipe) -> int:
-    """This command again, as the engine itself."""
-    environment = {ALONE: "1"} | environments(recipe, 1)[0]
-    return follow(start([sys.executable, "-m", "sampler", *sys.argv[1:]], environment=environment))
-
-
-def follow(child: subprocess.Popen) -> int:
-    """Until the child has ended, or was stopped; nothing that it started stays."""
-    stopped: list[bool] = []
-
-    def stop() -> None:
-        stopped.append(True)
-        child.send_signal(signal.SIGTERM)
-
-    on_stop_signal(stop)
-    try:
-        while (code := child.poll()) is None:
-            time.sleep(0.2)
-    finally:
-        end(child, GRACE_S)
-    if code < 0 and not stopped:  # it could not say so itself
-        raise RunError(f"the engine's process {died(code)}")
-    return 130 if stopped else code
-
-
-def supervise(rundir: RunDir, recipe: Recipe) -> int:
-    """Runs the engines' processes until all have ended. Returns the first exit code that is not 0."""
-    own = environments(recipe, recipe.sampler.gpus // recipe.sampler.tensor_parallel)
-    gpus = ",".join(filter(None, (one["CUDA_VISIBLE_DEVICES"] for one in own)))
-    print(f"sampler: {len(own)} engines ({'GPUs ' + gpus if gpus else 'CPU processes'})", flush=True)
-    command = [sys.executable, "-m", "sampler", "--run", str(rundir.path), *sys.argv[1:]]
-    children = [
-        start(command, environment={REPLICA: str(index)} | environment) for index, environment in enumerate(own)
-    ]
-    stopped: list[bool] = []
-
-    def stop() -> None:
-        stopped.append(True)
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(signal.SIGTERM)
-
-    on_stop_signal(stop)
-    try:
-        return wait(children, rundir, stopped)
-    finally:
-        for child in children:
-            end(child, GRACE_S)
-
-
-def wait(children: list[subprocess.Popen], rundir: RunDir, stopped: list[bool]) -> int:
-    """Until all have ended well, or one has not. One that was stopped while it still loads ends well, too."""
-    while True:
-        codes = [0 if stopped and code and code < 0 else code for code in (child.poll() for child in children)]
-        for index, code in enumerate(codes):
-            if code and code < 0:  # it could not say so itself
-                write_failure(rundir.path, f"sampler engine {index}", 128 - code, died(code))
-            if code:
-                return code if code > 0 else 128 - code
-        if None not in codes:
-            return 0
-        time.sleep(0.2)
-
-
-def environments(recipe: Recipe, engines: int) -> list[dict[str, str]]:
-    """Of each engine: its own GPUs, or without any its threads. Raises UserError where GPUs are missing."""
-    width = recipe.sampler.tensor_parallel
-    visible = visible_gpus()[: engines * width]
-    if not visible:
-        return [cpu_environment(recipe, engines)] * engines
-    if len(visible) < engines * width:
-        raise UserError(f"{engines * width} GPUs asked for, {len(visible)} visible; use --gpus {len(visible)}")
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[at : at + width])} for at in range(0, len(visible), width)]
-
-
-def cpu_environment(recipe: Recipe, engines: int) -> dict[str, str]:
-    """Threads of one engine; two that spin on one core stop each other."""
-    threads = recipe.sampler.threads or max(1, (os.cpu_count() or 1) // engines)
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
 
 
 if __name__ == "__main__":

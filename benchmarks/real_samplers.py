@@ -1,0 +1,132 @@
+"""One against two real samplers on the CPU: vLLM with the demo's model, each one thread, and a consumer for a trainer.
+
+Both run from the beginning; in every other window the second one is stopped (SIGSTOP), so that a machine that slows
+down slows both alike. Nothing is trained: one snapshot of the model itself, and steps that throw their groups away.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import interleaved, spread
+from benchmarks.processes import free_port
+from policy.agreement import agree
+from policy.logprobs import TokenLogprobs
+from policy.model import load_model, load_tokenizer, locate
+from protocol.channel import Hub
+from protocol.keys import open_keys
+from protocol.process import end, signal_group, start
+from protocol.recipe import Recipe
+from protocol.resolve import dump, load
+from protocol.rundir import Endpoint, RunDir
+from sampler.supervisor import environments
+from trainer.desk import Desk
+from trainer.inbox import Inbox
+from trainer.publish import Publisher
+from trainer.ranks import Ranks
+
+WINDOW_S, SETTLE_S, ROUNDS = 20.0, 4.0, 3
+SETTINGS = [
+    "data.limit=2000", "data.eval=", "eval.before=false", "eval.after=false", "sampler.threads=1",
+    "trainer.steps=100000", "trainer.prompts_per_step=4", "trainer.max_staleness=100000",
+    "network.beat_s=0.5", "network.dead_s=600", "network.lease_s=3600",
+]  # fmt: skip
+
+
+class Untrained:
+    """What the publisher asks of a policy."""
+
+    steps_done = 0
+
+    def __init__(self, recipe: Recipe, directory: Path) -> None:
+        self.recipe, self.directory = recipe, directory
+        self.model = load_model(directory, recipe.model.dtype).eval()
+
+    @torch.no_grad()
+    def score(self, packed, temperature: float) -> torch.Tensor:
+        return TokenLogprobs(self.model, temperature, self.recipe.trainer.logits_chunk)(packed)[0]
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ((name, weight.detach()) for name, weight in self.model.named_parameters())  # a tied head once
+
+
+@contextlib.contextmanager
+def samplers(rundir: RunDir, recipe: Recipe, count: int):
+    command = [sys.executable, "-m", "sampler", "--run", str(rundir.path)]
+    environment = environments(recipe, 2)[0]
+    found = []
+    try:
+        for index in range(count):
+            with (rundir.logs / f"sampler-{index}.log").open("wb") as log:
+                found.append(start(command, log=log, environment=environment))
+        yield found
+    finally:
+        for process in found:
+            signal_group(process, signal.SIGCONT)
+            end(process, 20.0)
+
+
+def measure() -> list[dict[str, object]]:
+    """Tokens a second with one and with two."""
+    rundir = RunDir(Path(tempfile.mkdtemp(prefix="real-samplers-")))
+    recipe = load(Path("recipes/demo.toml"), SETTINGS)
+    rundir.make()
+    rundir.recipe.write_text(dump(recipe))
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
+    keys, directory = open_keys(rundir.keys), locate(recipe.model)
+    tokenizer = load_tokenizer(directory)
+    agreement = agree(keys.run_id, directory, tokenizer, recipe)
+    desk = Desk(recipe=recipe, agreement=agreement, incarnation=rundir.claim_incarnation())
+    hub, stop = Hub(keys, "127.0.0.1", 0), threading.Event()
+    with Ranks("gloo", 1) as ranks, Inbox(ranks, desk, hub, stop, rundir) as inbox:
+        pulse = Publisher(rundir, keys.run_id, desk.incarnation, tokenizer).publish(Untrained(recipe, directory), True)
+        inbox.serve()
+        inbox.commit(pulse, 0)
+        rundir.write_endpoint(Endpoint(address=hub.address, incarnation=desk.incarnation, host="x"))
+        with samplers(rundir, recipe, 2) as pair:
+            consumer = threading.Thread(target=consume, args=(inbox, recipe, pulse), daemon=True)
+            consumer.start()
+            try:
+                rates = windows(inbox, pair, rundir)
+            finally:
+                stop.set()
+                consumer.join(30)
+    one = spread(rates["1"])["median"]
+    return [
+        {"samplers": int(name), **{key: round(value) for key, value in spread(values).items()},
+         "of one": round(spread(values)["median"] / one, 2)}
+        for name, values in rates.items()
+    ]  # fmt: skip
+
+
+def consume(inbox: Inbox, recipe: Recipe, pulse) -> None:
+    step = 0
+    while inbox.take(recipe.trainer.prompts_per_step) is not None:
+        step += 1
+        inbox.commit(pulse, step)
+
+
+def windows(inbox: Inbox, pair: list, rundir: RunDir) -> dict[str, list[float]]:
+    """Tokens a second of both together, A-B-A-B."""
+    while inbox.counts()["samplers"] < 2 or inbox.counts()["sampler/tokens"] < 2000:
+        if any(process.poll() is not None for process in pair):
+            raise SystemExit(f"a sampler ended: see {rundir.logs}")
+        time.sleep(1)
+
+    def rate(second: int) -> float:
+        signal_group(pair[1], second)
+        time.sleep(SETTLE_S)
+        before, begun = inbox.counts()["sampler/tokens"], time.monotonic()
+        time.sleep(WINDOW_S)
+        return (inbox.counts()["sampler/tokens"] - before) / (time.monotonic() - begun)
+
+    return interleaved({"1": lambda: rate(signal.SIGSTOP), "2": lambda: rate(signal.SIGCONT)}, ROUNDS)
