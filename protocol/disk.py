@@ -1,11 +1,16 @@
 """Files that another process reads: written aside, flushed, renamed. A name either is absent or is complete."""
 
 import contextlib
+import errno
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 from protocol.errors import StorageError
+
+NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP}
+"""What filesystems say that cannot flush a directory, as some network ones: there names are as durable as they get."""
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -16,7 +21,11 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     aside = path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         write_new(aside, [data], mode)
-        os.replace(aside, path)
+        try:
+            os.replace(aside, path)
+        except OSError:
+            if not _holds(path, data):  # else only the reply was lost
+                raise
         sync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):  # the first reason is the one that counts
@@ -24,7 +33,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror}; free space or mend permissions") from error
 
 
-def write_new(path: Path, chunks: list[bytes], mode: int = 0o644) -> None:
+def write_new(path: Path, chunks: Iterable[bytes | memoryview], mode: int = 0o644) -> None:
     """A new file, flushed to the disk. Close is checked too: network filesystems report a full disk there."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     with os.fdopen(descriptor, "wb") as file:
@@ -42,10 +51,31 @@ def names_in(directory: Path) -> list[str]:
         raise StorageError(f"cannot list {directory}: {error.strerror}; was the run directory moved?") from error
 
 
+def is_listed(path: Path) -> bool:
+    """Whether the name is in a listing of its directory. A network filesystem may remember for a minute that a name was
+    absent, but lists a directory afresh; what was listed is looked up afresh, too.
+
+    Raises StorageError where the directory cannot be listed.
+    """
+    return path.name in names_in(path.parent)
+
+
 def sync_directory(path: Path) -> None:
     """Makes the names in a directory durable, not only the files' contents."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_DIRECTORY_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether the file has these bytes at the server."""
+    try:
+        os.listdir(path.parent)
+        return path.read_bytes() == data
+    except OSError:
+        return False

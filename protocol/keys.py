@@ -15,6 +15,7 @@ from pathlib import Path
 
 import zmq.auth
 
+from protocol.disk import is_listed
 from protocol.errors import StorageError, UserError
 
 
@@ -37,7 +38,7 @@ class Keys:
 def open_keys(directory: Path) -> Keys:
     """The keys in `directory`, made if absent. Raises UserError when others could read them, StorageError."""
     try:
-        if not directory.exists():
+        if not is_listed(directory):
             _make(directory)
         _refuse_if_shared(directory)
         hub_public, hub_secret = zmq.auth.load_certificate(directory / "hub.key_secret")
@@ -57,7 +58,11 @@ def open_keys(directory: Path) -> Keys:
 
 
 def _make(directory: Path) -> None:
-    """Made aside and renamed: of two workers that start together, the later one finds the earlier one's keys."""
+    """Made aside and renamed: of two workers that start together, the later one finds the earlier one's keys.
+
+    They are looked for in a listing also after the rename: where only its reply was lost, the name aside must be
+    forgotten before it is removed, for it may still lead to the keys.
+    """
     aside = directory.with_name(f".tmp-keys-{os.getpid()}-{secrets.token_hex(4)}")
     aside.mkdir(mode=0o700, parents=True)
     for name in ("hub", "sampler"):
@@ -71,14 +76,17 @@ def _make(directory: Path) -> None:
     try:
         os.rename(aside, directory)
     except OSError:
-        if not directory.is_dir():
+        if not is_listed(directory):
             raise
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _refuse_if_shared(directory: Path) -> None:
     for path in [directory, *directory.glob("*secret"), directory / "checkpoint.key"]:
         if path.stat().st_uid != os.geteuid():
-            raise UserError(f"{path} belongs to another user: keys made by others open the run to them")
+            raise UserError(
+                f"{path} belongs to user {path.stat().st_uid}, not to you: keys made by others open the run to them; "
+                f"run as that user, on NFS not as root (root_squash)"
+            )
         if path.stat().st_mode & 0o077:
             raise UserError(f"{path} can be read by others; run: chmod -R go= {directory}")

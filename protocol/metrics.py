@@ -46,7 +46,12 @@ class MetricsWriter:
                 log.error("a record is missing in %s: %s; the run goes on", self._path, reason)
 
     def close(self) -> None:
-        self._file.close()
+        """A network filesystem may say only now that the disk is full."""
+        try:
+            self._file.close()
+        except OSError as error:
+            self.lost += 1
+            log.error("the last records may be missing in %s: %s", self._path, error.strerror)
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from protocol.disk import names_in, write_atomic
+from protocol.disk import is_listed, names_in, write_atomic
 from protocol.errors import StorageError, Superseded, UserError
 from protocol.recipe import Recipe
 from protocol.resolve import dump, load
@@ -91,9 +91,8 @@ class RunDir:
         write_atomic(self.path / "endpoint.json", msgspec.json.encode(endpoint))
 
     def read_endpoint(self) -> Endpoint | None:
-        """None until a trainer listens. Looks the name up in a listing first: a network filesystem may
-        remember for a minute that a name was absent, but lists a directory afresh."""
-        if "endpoint.json" not in names_in(self.path):
+        """None until a trainer listens."""
+        if not is_listed(self.path / "endpoint.json"):
             return None
         try:
             return msgspec.json.decode((self.path / "endpoint.json").read_bytes(), type=Endpoint)
@@ -138,7 +137,7 @@ def resolve_recipe(
     other settings may change; the one who starts the run writes them (keep), one who joins it does not.
     """
     kept = run / "recipe.toml" if run else None
-    if kept and kept.exists():
+    if run and kept and run.is_dir() and is_listed(kept):
         previous = load(kept)
         if not recipe and not overrides:
             return RunDir(run), previous
@@ -149,9 +148,9 @@ def resolve_recipe(
         return RunDir(run), wanted
     resolved = load(recipe, overrides)
     rundir = RunDir(run or Path("runs") / resolved.name)
-    if not run and rundir.recipe.exists():
-        return resolve_recipe(rundir.path, recipe, overrides, keep)
     rundir.make()
+    if is_listed(rundir.recipe):  # of a run without --run, or of one that this machine did not see before
+        return resolve_recipe(rundir.path, recipe, overrides, keep)
     write_atomic(rundir.recipe, dump(resolved).encode())
     return rundir, resolved
 

@@ -25,7 +25,7 @@ from typing import Literal, Self
 import msgspec
 from msgspec import Struct
 
-from protocol.disk import names_in, sync_directory, write_new
+from protocol.disk import is_listed, names_in, sync_directory, write_new
 from protocol.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,11 @@ def step_of(identifier: str) -> int:
 
 def make_staging(parent: Path, name: str) -> Path:
     aside = parent / f".tmp-{name}-{os.getpid()}-{secrets.token_hex(4)}"
-    aside.mkdir()  # a run directory that was moved must not be made anew
+    try:
+        aside.mkdir()  # a run directory that was moved must not be made anew
+    except OSError:
+        if not aside.is_dir():  # else only the reply was lost
+            raise
     return aside
 
 
@@ -123,7 +127,8 @@ def hash_file(path: Path) -> File:
 def seal(aside: Path, final: Path, manifest: Manifest, key: bytes | None = None) -> str:
     """Describes, signs (with a key) and renames a staged directory. Returns the sha256 of its manifest.
 
-    A rename whose reply was lost has succeeded: the manifest in place is ours then.
+    A rename whose reply was lost has succeeded: the manifest in place is ours then. The listing makes a network
+    filesystem forget the old name; by that, whoever removes what was staged would reach what is sealed.
     """
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     write_new(aside / "manifest.json", [data])
@@ -134,6 +139,7 @@ def seal(aside: Path, final: Path, manifest: Manifest, key: bytes | None = None)
     try:
         os.rename(aside, final)
     except OSError:
+        names_in(final.parent)
         if not _holds(final / "manifest.json", data):
             raise
     sync_directory(final.parent)
@@ -221,7 +227,8 @@ def remove(path: Path) -> None:
     try:
         os.rename(path, grave)
     except OSError as error:
-        log.warning("cannot remove %s: %s", path, error.strerror)
+        if not is_listed(grave):  # else only the reply was lost
+            log.warning("cannot remove %s: %s", path, error.strerror)
     shutil.rmtree(grave, ignore_errors=True)
 
 
