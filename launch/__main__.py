@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "one HTML page about one run or several",
     "chat": "talks to the newest weights of a run, or to a model",
     "reward": "tries a reward function before it is trained on; re-scores a run with another",
+    "slurm": "renders a run's sbatch files and submits them",
     "data": "looks at a data set as the sampler will: lengths, missing answers, the rendered prompt",
 }
 
@@ -40,6 +41,8 @@ def command(name: str) -> Callable[[list[str]], int]:
             from launch.chat import main
         case "reward":
             from launch.reward.command import main
+        case "slurm":
+            from launch.slurm.command import main
         case _:
             from launch.plan.data import main
     return main
