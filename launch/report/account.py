@@ -1,6 +1,7 @@
 """What a report says about one run: its figures in a table, its completions, its held-out answers."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +119,14 @@ class Account:
         if missing := len(self.history.exams) - len(evaluated):
             rows |= {"evaluations without a readable file in evals/": str(missing)}
         return rows
+
+    def software(self) -> list[tuple[str, dict[str, str]]]:
+        """Each worker with the versions that it ran on; starts that ran on the same are one."""
+        counts = Counter((worker, tuple(versions.items())) for worker, versions in self.history.starts)
+        return [
+            (f"{worker}, {count} starts" if count > 1 else worker, dict(versions))
+            for (worker, versions), count in counts.items()
+        ]
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:

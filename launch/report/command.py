@@ -63,6 +63,7 @@ def page(runs: Sequence[Account]) -> str:
             chapters=curves(runs),
             different=different(runs),
             matches=matches(runs),
+            together=together,
             changed=changed,
             dump=dump,
         )
@@ -70,7 +71,7 @@ def page(runs: Sequence[Account]) -> str:
 
 
 def together(tables: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    """Row -> its cell in each run, empty where a run has no such row."""
+    """Row -> its cell in each table, empty where a table has no such row."""
     rows = dict.fromkeys(row for table in sorted(tables, key=len, reverse=True) for row in table)
     return {row: [table.get(row, "") for table in tables] for row in rows}
 
