@@ -31,6 +31,13 @@ IMPORTS = {
     "torch and transformers": "import torch; from transformers import AutoModelForCausalLM, LlamaForCausalLM",
     "this project": "import protocol, policy, sampler, doctor, trainer, launch",
 }
+CPU_KERNELS = {
+    "vLLM's CPU kernels, which need libnuma (Debian: libnuma1)": (
+        "import torch; from vllm.platforms import current_platform; current_platform.import_kernels(); "
+        "hasattr(torch.ops._C, 'silu_and_mul') or __import__('vllm._C')"
+    )
+}
+"""vLLM chooses those of this processor and only warns where they do not load; the last import then says why."""
 TORCH_FACTS = "import torch; print(torch.__version__, torch.version.cuda)"
 
 
@@ -189,14 +196,19 @@ def install_cpu_torch(steps: Steps, pip: list[str], torch: str) -> None:
         steps.run(title, [*pip, "install", "--retries", "1", torch, "--index-url", CPU_INDEX])
 
 
+def engine_imports(plan: Plan) -> dict[str, str]:
+    """Name of a part of the plan's engines -> a statement that fails without it."""
+    found = {name: statement for worker in plan.workers for name, statement in ENGINES[worker].items()}
+    return found | (CPU_KERNELS if "sampler" in plan.workers and not plan.gpu else {})
+
+
 def verify(steps: Steps, python: str, plan: Plan) -> None:
     """Imports what will be imported, each in a process of its own."""
     facts = steps.run("looking at torch's build", [python, "-c", TORCH_FACTS])
     if plan.gpu or "sampler" in plan.workers:
         check_torch(facts.splitlines()[-1], plan.gpu)
-    for statements in (IMPORTS, *(ENGINES[worker] for worker in plan.workers)):
-        for name, statement in statements.items():
-            steps.run(f"importing {name}", [python, "-c", statement])
+    for name, statement in (IMPORTS | engine_imports(plan)).items():
+        steps.run(f"importing {name}", [python, "-c", statement])
 
 
 def main(venv: Path, plan: Plan) -> None:

@@ -1,5 +1,7 @@
 """The installer's decisions, and what it must have left in the environment of this very test."""
 
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +13,7 @@ from packaging.utils import canonicalize_name
 from constraints.renew import installed, wanted
 from install import (
     CONSTRAINTS,
+    CPU_KERNELS,
     CPU_TORCH,
     CUDA_ONLY,
     WORKERS,
@@ -18,6 +21,7 @@ from install import (
     Steps,
     activity,
     check_torch,
+    engine_imports,
     last_error,
     lists_gpu,
     plan_for,
@@ -49,6 +53,24 @@ def test_one_worker_gets_its_own_engine_alone():
     assert plan_for(True, ("trainer",)).extras == ("trainer", "qlora")
     assert plan_for(False, ("trainer",)).unwanted == ()
     assert plan_for(False, ("sampler",)).unwanted == CUDA_ONLY
+
+
+def test_vllms_kernels_are_imported_where_they_need_a_library_of_the_system():
+    assert len(engine_imports(plan_for(False))) == 3
+    assert len(engine_imports(plan_for(False, ("trainer",)))) == len(engine_imports(plan_for(True, ("sampler",)))) == 1
+
+
+@pytest.mark.slow
+def test_vllms_kernels_are_here_and_would_be_missed_without_their_library():
+    pytest.importorskip("vllm")
+    [(name, statement)] = CPU_KERNELS.items()
+    subprocess.run([sys.executable, "-c", statement], check=True)
+    # A module that ends as one does whose library is not there.
+    missing = (
+        "import sys; sys.modules['vllm._C'] = sys.modules['vllm._C_AVX2'] = sys.modules['vllm._C_AVX512'] = None; "
+    )
+    done = subprocess.run([sys.executable, "-c", missing + statement], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "vllm._C" in last_error(done.stderr.splitlines()) and "libnuma1" in name
 
 
 def pins(kind: str) -> dict[str, str]:
