@@ -98,6 +98,41 @@ def test_an_answer_is_acknowledged_and_the_place_filled_again(desk):
     assert leased(letters) == [1]
 
 
+def three_samplers(desk, wants=(20, 20, 20)):
+    """They have joined and said what they want, before there are weights."""
+    for peer, name, want in zip(b"123", ("one", "two", "three"), wants, strict=True):
+        desk.on(b"%d" % peer, msgspec.structs.replace(HELLO, session=name), 0.0)
+        desk.on(b"%d" % peer, beat(name, snapshot=None, want=want), 0.0)
+
+
+def test_the_first_to_load_new_weights_takes_its_part_only(desk):
+    three_samplers(desk)
+    assert len(leased(desk.on(b"1", beat("one"), 1.0))) == 2  # of 4, rounded up
+    assert leased(desk.tick(2.0)) == []
+    assert len(leased(desk.on(b"2", beat("two"), 3.0))) == 2
+
+
+def test_parts_are_as_large_as_what_a_sampler_can_hold(desk):
+    three_samplers(desk, wants=(0, 2, 6))
+    assert len(leased(desk.on(b"3", beat("three", want=6), 1.0))) == 3
+    assert len(leased(desk.on(b"2", beat("two", want=2), 1.0))) == 1
+
+
+def test_what_a_sampler_answered_makes_room_for_more(desk):
+    three_samplers(desk)
+    [first, second] = leased(desk.on(b"1", beat("one"), 1.0))
+    done = make_group(first, row=desk.train.row(first), snapshot=NEWEST, session="one")
+    assert leased(desk.on(b"1", done, 2.0)) == []  # 3 are left, of which one is a part: the one that it holds
+    done = make_group(second, row=desk.train.row(second), snapshot=NEWEST, session="one")
+    assert len(leased(desk.on(b"1", done, 2.0))) == 1
+
+
+def test_silent_samplers_have_no_part(desk):
+    three_samplers(desk)
+    assert len(leased(desk.on(b"1", beat("one"), 5.0))) == 2
+    assert len(leased(desk.on(b"1", beat("one", held=[("train", 0), ("train", 1)]), 21.0))) == 2
+
+
 @pytest.mark.fault("I1")
 def test_an_unsound_answer_is_tried_again_and_its_sender_sent_away_in_the_end(desk):
     desk.on(b"p", HELLO, 0.0)

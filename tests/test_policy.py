@@ -20,7 +20,7 @@ from protocol.rundir import RunDir
 from protocol.snapshot import listed, remove
 from tests.test_storage import save
 from tests.tiny import make_model
-from trainer.engine import learning_rate_factor
+from trainer.optimizer import learning_rate_factor
 
 pytestmark = pytest.mark.slow
 

@@ -122,8 +122,7 @@ class Desk:
                 self.exam.hand_over(session, self.samplers)
         for ledger in self._ledgers().values():
             self._count("leases_expired", len(ledger.expire(now)))
-        ready = sum(self.pulse is not None and one.snapshot == self.pulse.snapshot for one in self.samplers.values())
-        return [letter for session in list(self.samplers) for letter in self._grant(session, now, max(1, ready))]
+        return [letter for session in list(self.samplers) for letter in self._grant(session, now)]
 
     def news(self) -> Letters:
         """After new weights or the end: what every sampler should hear without waiting for its next beat."""
@@ -210,27 +209,43 @@ class Desk:
         examines = self.exam is not None and self.exam.has(session, self.samplers)
         return self.stop or (self.exam.pulse if examines else self.pulse)
 
-    def _grant(self, session: str, now: float, takers: int | None = None) -> Letters:
-        """What a sampler asked for, within its part of what `takers` (default: all) samplers may hold.
-
-        Else the first to load new weights would take every lease, and the others had nothing to do.
-        """
+    def _grant(self, session: str, now: float) -> Letters:
+        """What a sampler asked for, within its part of all."""
         sampler = self.samplers.get(session)
-        if sampler is None or self.stop:
+        if sampler is None or self.stop or self._stands_still(sampler, now):
             return []
-        if now - sampler.moved >= self.recipe.network.lease_s:
-            return []  # its engine stands still: what was taken from it is for others
         letters: Letters = []
         for split, ledger in self._ledgers().items():
             if split == "eval" and not self.exam.has(session, self.samplers):
                 continue
-            alone = split == "eval" and self.exam.alone
-            share = ledger.share(session, sampler.snapshot, 1 if alone else takers or len(self.samplers))
-            most = min(MAX_LEASES, share, sampler.want // self._size(split))
-            items = ledger.grant(session, sampler.snapshot, most, now)
+            want, part = min(MAX_LEASES, sampler.want // self._size(split)), self._part(session, split, now)
+            items = ledger.grant(session, sampler.snapshot, want, now, part)
             sampler.want -= len(items) * self._size(split)
             letters += [(sampler.peer, Lease(split=split, items=items))] if items else []
         return letters
+
+    def _part(self, session: str, split: Split, now: float) -> float:
+        """Of the completions that all samplers at work can hold, the share that this one can.
+
+        Without it the first one to load new weights would take every lease, and the others had nothing to do.
+        """
+        held = {kind: ledger.held() for kind, ledger in self._ledgers().items()}
+        room = {
+            name: sampler.want + sum(count[name] * self._size(kind) for kind, count in held.items())
+            for name, sampler in self.samplers.items()
+            if name == session or self._at_work(name, split, now)
+        }
+        return room[session] / max(1, sum(room.values()))
+
+    def _at_work(self, session: str, split: Split, now: float) -> bool:
+        """Whether leases of this split may go to a sampler, now or as soon as it has loaded the weights."""
+        sampler = self.samplers[session]
+        answers = now - sampler.seen <= 2 * self.recipe.network.beat_s and not self._stands_still(sampler, now)
+        return answers and (split == "train" or self.exam.has(session, self.samplers))
+
+    def _stands_still(self, sampler: Sampler, now: float) -> bool:
+        """What was taken from its engine is for others."""
+        return now - sampler.moved >= self.recipe.network.lease_s
 
     def _group(self, group: Group, sampler: Sampler) -> Ack:
         ledger = self._ledgers().get(group.split)

@@ -1,13 +1,10 @@
 """The policy being trained: DeepSpeed around the model. The only file that imports deepspeed.
 
-Settings follow from measurements: ZeRO 1 with float32 gradient accumulation and communication is exact in bf16;
-torch's AdamW needs no compiler; `gradient_accumulation_steps` stays 1 and the boundary is set by hand, because
-the number of micro-batches changes with every step.
+The boundary of gradient accumulation is set by hand, because the number of micro-batches changes with every step.
 """
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy.kernels import equip
+from policy.kernels import equip, refuse_kernels
 from policy.logprobs import Packed, TokenLogprobs
-from policy.model import add_adapter, load_model
+from policy.model import DTYPES, add_adapter, load_model
 from protocol.errors import StorageError
 from protocol.messages import Group
-from protocol.recipe import Optimizer, Recipe
+from protocol.recipe import Recipe
 from trainer.advantage import find
 from trainer.batch import Batch, MicroBatch, make_batch
+from trainer.optimizer import adamw, engine_settings, learning_rate_factor, schedule
 from trainer.ranks import Ranks
 from trainer.shards import Entry
-from trainer.zero import zero_settings
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +35,7 @@ class Policy:
         self.recipe, self.directory, self._ranks = recipe, directory, ranks
         self._advantages = find(recipe.objective.advantage_name)
         torch.manual_seed(recipe.seed)
+        refuse_kernels(recipe.trainer, DTYPES[recipe.model.dtype], ranks.device)
         self.model = load_model(directory, recipe.model.dtype, quantize=recipe.model.quantize)
         if recipe.lora.rank:
             add_adapter(self.model, recipe.lora)
@@ -49,7 +47,7 @@ class Policy:
             log.info("%s", kernels)
         scorer = TokenLogprobs(self.model, recipe.sampling.temperature, recipe.trainer.logits_chunk, attention)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = _adamw(trainable, recipe.optimizer)
+        optimizer = adamw(trainable, recipe.optimizer)
         # An inference all-reduce that training never calls; building it needs a compiler and 40 s.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=ranks.backend)
@@ -57,8 +55,8 @@ class Policy:
             model=scorer,
             model_parameters=trainable,
             optimizer=optimizer,
-            lr_scheduler=lambda optimizer: _schedule(optimizer, recipe.optimizer, recipe.trainer.steps),
-            config=_settings(recipe, ranks.backend, [parameter.numel() for parameter in trainable]),
+            lr_scheduler=lambda optimizer: schedule(optimizer, recipe.optimizer, recipe.trainer.steps),
+            config=engine_settings(recipe, ranks.backend, [parameter.numel() for parameter in trainable]),
         )
         self.steps_done = 0
         self.skipped = 0
@@ -235,44 +233,3 @@ class Policy:
     def _plain_grad_norm(self) -> Tensor:
         """ZeRO 0 reports none."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-
-
-def learning_rate_factor(step: int, optimizer: Optimizer, steps: int) -> float:
-    """The share of the learning rate that update number `step` (from 0) uses."""
-    if step < optimizer.warmup_steps:
-        return (step + 1) / (optimizer.warmup_steps + 1)
-    done = min(1.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
-    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optimizer.schedule]
-
-
-def _schedule(torch_optimizer: torch.optim.Optimizer, optimizer: Optimizer, steps: int):
-    return torch.optim.lr_scheduler.LambdaLR(torch_optimizer, lambda step: learning_rate_factor(step, optimizer, steps))
-
-
-def _adamw(parameters: list[torch.nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:
-    """Decay for matrices only: norms and biases are no weights to shrink."""
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optimizer.learning_rate,
-        betas=optimizer.betas,
-        eps=optimizer.epsilon,
-    )
-
-
-def _settings(recipe: Recipe, backend: str, trained: list[int]) -> dict:
-    """trained: elements of each parameter that is."""
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": recipe.optimizer.max_grad_norm,
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero_settings(recipe, backend, sum(trained), max(trained)),
-        "communication_data_type": "fp32",
-    }
-    if recipe.model.dtype == "bfloat16":
-        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return settings

@@ -13,6 +13,7 @@ weights that admits (max_staleness + 1) * per_step groups, which also bounds the
 import heapq
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 from protocol.messages import Group, without_signal
@@ -72,11 +73,19 @@ class Ledger:
 
     # -- what samplers do ----------------------------------------------------------------------------------------
 
-    def grant(self, session: str, snapshot: str | None, want: int, now: float) -> list[tuple[int, int]]:
-        """Up to `want` leases, (group id, row), oldest ids first, for a sampler that has loaded `snapshot`."""
+    def grant(
+        self, session: str, snapshot: str | None, want: int, now: float, part: float = 1.0
+    ) -> list[tuple[int, int]]:
+        """Up to `want` leases, (group id, row), oldest ids first, for a sampler that has loaded `snapshot`.
+
+        part: of all groups that may be leased to samplers with these weights, those that this one may hold.
+        """
         granted: list[tuple[int, int]] = []
         version = self.lineage.get(snapshot or "")
-        while version is not None and len(granted) < want and self._has_slot(version):
+        if version is None:
+            return granted
+        want = min(want, math.ceil(part * self._leasable(version)) - self.held()[session])
+        while len(granted) < want and self._has_slot(version):
             group_id = self._next()
             if group_id is None:
                 break
@@ -84,14 +93,9 @@ class Ledger:
             granted.append((group_id, self.row(group_id)))
         return granted
 
-    def share(self, session: str, snapshot: str | None, takers: int) -> int:
-        """Leases that `session` may get now so that none of so many samplers holds more than its part of all."""
-        version = self.lineage.get(snapshot or "", float("-inf"))
-        steps = version + self.max_staleness + 1 - self.step - (1 if self.taken else 0)
-        if steps <= 0:
-            return 0
-        held = sum(lease.session == session for lease in self.leases.values())
-        return max(0, math.ceil((steps * self.per_step - len(self.ready)) / takers) - held)
+    def held(self) -> Counter[str]:
+        """Leases by session."""
+        return Counter(lease.session for lease in self.leases.values())
 
     def offer(self, group: Group) -> str:
         """Decides over an answered lease that `accept.problem` found sound; returns the status to acknowledge."""
@@ -260,16 +264,24 @@ class Ledger:
         step = self._slot_step()
         return step - version <= self.max_staleness and (self.steps is None or step < self.steps)
 
+    def _leasable(self, version: int) -> int:
+        """Groups that may be leased at the same time, all samplers together, to those with these weights."""
+        steps = version + self.max_staleness + 1 - self._next_step()
+        return max(0, steps * self.per_step - len(self.ready))
+
+    def _next_step(self) -> int:
+        """The step that trains the oldest group that is out."""
+        return self.step + (1 if self.taken else 0)
+
     def _slot_step(self) -> int:
         """The step that would train a group leased now."""
-        training = 1 if self.taken else 0
-        return self.step + training + (len(self.leases) + len(self.ready)) // self.per_step
+        return self._next_step() + (len(self.leases) + len(self.ready)) // self.per_step
 
     def _staleness(self, group: Group) -> float:
         """Of the group's oldest token when the next step trains it; infinite for weights outside the lineage."""
         names = {span.snapshot for completion in group.completions for span in completion.spans}
         versions = [self.lineage.get(name, float("-inf")) for name in names]
-        return self.step + (1 if self.taken else 0) - min(versions)
+        return self._next_step() - min(versions)
 
     def _next(self) -> int | None:
         while self._retry:
