@@ -8,6 +8,7 @@ then installs nothing again. install.py's plan names the extras; both images tak
 import os
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def verify(plan: Plan) -> None:
 def main(engine: str, worker: str, *extras: str) -> None:
     if engine not in ("cpu", "gpu"):
         sys.exit(f"ENGINE={engine}: expected cpu or gpu")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        sys.exit("BASE has no headers of Python, which Triton and torch.compile need; on Debian: libpython3.11-dev")
     plan = plan_for(engine == "gpu", (worker,))
     constraints = Path(os.environ.get("CONSTRAINTS") or CONSTRAINTS / f"{engine}.txt")
     if not constraints.is_file():
