@@ -18,12 +18,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from protocol.cli import CONTROL
-from protocol.errors import PortBusy, RunError, Superseded
+from protocol.disk import write_atomic
+from protocol.errors import PortBusy, RunError, StorageError, Superseded
 
 log = logging.getLogger(__name__)
 
 NAME = "FAILED.md"
 LINES = 30
+ENTRY = re.compile(r"^(?=##? .* failed (?:first|later)$)", re.MULTILINE)
+"""Where one process's words begin; quoted lines are indented."""
 LOST_PEER = re.compile(r"[Cc]onnection (was )?(closed|reset)|Broken pipe|Socket closed|Connection refused")
 """What gloo and NCCL say when another rank has died."""
 AGAIN = "Start the same command again: the run goes on from its last checkpoint."
@@ -112,14 +115,31 @@ def failure(run: Path, process: str) -> tuple[int, str] | None:
         text = (run / NAME).read_text(errors="replace")
     except OSError:
         return None
-    header = rf"^##? {process}.* failed (?:first|later)\n\nexit code (\d+),.*\n\n(.*)\n"
+    header = rf"^##? {re.escape(process)}.* failed (?:first|later)\n\nexit code (\d+),.*\n\n(.*)\n"
     found = re.search(header, text, re.MULTILINE)
     return (int(found[1]), found[2]) if found else None
 
 
 def put_aside(run: Path, process: str) -> None:
-    """A new start of this worker: what its last one said moves to logs/, and what failed because of it."""
-    if failure(run, process):
-        (run / "logs").mkdir(exist_ok=True)
-        with contextlib.suppress(OSError):
-            os.replace(run / NAME, run / "logs" / f"failed-{time.time_ns()}.md")
+    """A new start of this worker: what its last one said moves to logs/; if that came first, with all that followed.
+
+    process: its whole name; `trainer` is the trainer and any rank of it.
+    """
+    try:
+        text = (run / NAME).read_text(errors="replace")
+    except OSError:
+        return
+    own = re.compile(rf"##? {re.escape(process)}( rank \d+)? failed (first|later)\n")
+    entries = list(filter(None, ENTRY.split(text)))
+    if not any(map(own.match, entries)):
+        return
+    aside = run / "logs" / f"failed-{time.time_ns()}.md"
+    try:
+        aside.parent.mkdir(exist_ok=True)
+        if own.match(entries[0]):
+            os.replace(run / NAME, aside)
+        else:
+            aside.write_text("".join(filter(own.match, entries)))
+            write_atomic(run / NAME, "".join(entry for entry in entries if not own.match(entry)).encode())
+    except (OSError, StorageError) as error:
+        log.error("cannot put aside %s: %s", run / NAME, error)

@@ -1,6 +1,7 @@
 """Child processes that never outlive their parent, and a Ctrl-C that ends work instead of breaking it."""
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -10,7 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+log = logging.getLogger(__name__)
+
 PR_SET_PDEATHSIG = 1
+NVIDIA_SMI_S = 20.0
+"""It hangs where a driver is broken."""
+KILLED_S = 10.0
+"""For the kernel to take back what killed processes had."""
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
@@ -50,8 +57,7 @@ def signal_group(process: subprocess.Popen, number: int) -> None:
 
 def group_alive(process: subprocess.Popen) -> bool:
     """Whether any process of the session is left, its leader or not; one that nobody has reaped yet is not."""
-    process.poll()
-    return bool(members(process.pid))
+    return process.poll() is None or bool(members(process.pid))
 
 
 def members(group: int) -> list[int]:
@@ -60,19 +66,29 @@ def members(group: int) -> list[int]:
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             fields = _stat(int(path.name))
-            if fields and fields[0] != "Z" and int(fields[2]) == group:
+            if fields and (fields[0] != "Z" or int(fields[17]) > 1) and int(fields[2]) == group:  # with a thread left
                 found.append(int(path.name))
     return found
 
 
 def end(process: subprocess.Popen, grace_s: float) -> int:
-    """Asks the whole group to end, waits for all of it, kills what is left after `grace_s`. -> exit code."""
+    """Asks the whole group to end, waits for all of it, kills what is left after `grace_s`. -> exit code.
+
+    What a driver still holds after KILLED_S is said in the log.
+    """
     signal_group(process, signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
+    _wait(process, grace_s)
+    signal_group(process, signal.SIGKILL)
+    _wait(process, KILLED_S)
+    if left := members(process.pid):
+        log.warning("processes %s do not end: their memory, and a GPU's, is not free yet", ", ".join(map(str, left)))
+    return -signal.SIGKILL if process.returncode is None else process.returncode
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while group_alive(process) and time.monotonic() < deadline:
         time.sleep(0.05)
-    signal_group(process, signal.SIGKILL)
-    return process.wait()
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -138,7 +154,8 @@ def visible_gpus() -> list[str]:
     if listed is not None:
         return [gpu for gpu in listed.split(",") if gpu and gpu != "-1"]
     try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        listing = ["nvidia-smi", "-L"]
+        found = subprocess.run(listing, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_S).stdout
+    except (OSError, subprocess.SubprocessError):
         return []
     return [str(index) for index in range(found.count("GPU "))]

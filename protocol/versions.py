@@ -14,14 +14,19 @@ QUERY = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each library that is installed; where there are GPUs, their names and their driver."""
+    """Those of `libraries`; where there are GPUs, their names and their driver."""
+    return libraries() | gpus(visible_gpus())
+
+
+def libraries() -> dict[str, str]:
+    """Version of Python and of each library that is installed."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found | gpus(visible_gpus())
+    return found
 
 
 def gpus(ids: list[str]) -> dict[str, str]:

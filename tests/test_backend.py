@@ -1,5 +1,6 @@
 """NCCL is tried before it is relied on, gloo gets only calls that it has for CUDA tensors, and both are said."""
 
+import logging
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +20,13 @@ from launch.plan.shape import shape_of
 from protocol.resolve import load
 from tests.test_policy import run
 from tests.tiny import make_model
-from trainer.backend import Card, is_virtual, obstacle
+from trainer.backend import Card, choose_backend, is_virtual, obstacle
+from trainer.notes import Notes
+from trainer.ranks import Ranks
 from trainer.trial import sum_up, works
 from trainer.zero import bucket, exchanged, zero_settings
 
+NAMES = ["rank 0", "rank 1"]
 CPU = torch.device("cpu")
 FOR_CUDA = {"broadcast_", "allreduce_", "reduce_", "allgather_", "_allgather_base_", "gather_", "scatter_", "barrier"}
 """What gloo stages through host memory for CUDA tensors (ProcessGroupGloo.cpp); `_reduce_scatter_base_`, coalesced
@@ -69,7 +74,7 @@ def trial(backend: str, deadline_s: float = 90.0, signals: signal.Signals | None
         threading.Thread(target=hit, daemon=True).start()
     with ThreadPoolExecutor(2) as ranks:
         running = [
-            ranks.submit(works, backend, rank, 2, CPU, dist.PrefixStore("attempt", store), deadline_s)
+            ranks.submit(works, backend, Notes(dist.PrefixStore("attempt", store), rank, NAMES), CPU, deadline_s)
             for rank, store in enumerate(stores)
         ]
         heard = [one.result(deadline_s + 60) for one in running]
@@ -121,6 +126,29 @@ def test_wrong_sums_are_a_failure(monkeypatch):
 )
 def test_nccl_is_not_even_tried_where_it_cannot_work(cards, wanted, said):
     assert obstacle(cards, wanted).startswith(said) and bool(obstacle(cards, wanted)) == bool(said)
+
+
+def test_one_rank_takes_nccl_without_a_trial(monkeypatch):
+    """Which would fail here, where there is no GPU."""
+    monkeypatch.setattr(Card, "here", lambda device: Card(id="a 1"))
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    assert choose_backend("auto", Notes(store, 0, ["rank 0"]), torch.device("cuda", 0)) == "nccl"
+
+
+def test_a_rank_takes_its_gpu_only_after_the_trial(monkeypatch, caplog):
+    """Where a GPU admits one process, the trial's would be refused. Torch's own words for a virtual GPU are made up."""
+    caplog.set_level(logging.INFO)
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="A40-8Q", uuid="1"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: said.append(caplog.text))
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (place | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    with Ranks("auto", 1) as ranks:
+        assert ranks.backend == "gloo"
+    assert len(said) == 1 and "ranks exchange tensors over gloo" in said[0]
 
 
 @pytest.mark.parametrize(

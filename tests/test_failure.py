@@ -43,14 +43,28 @@ def test_what_is_no_failure_leaves_nothing(tmp_path, ending):
     assert not (tmp_path / "FAILED.md").exists()
 
 
-def test_a_new_start_puts_aside_what_its_own_kind_said_and_nothing_else(tmp_path):
-    write_failure(tmp_path, "sampler engine 0", 71, "vLLM died")
-    put_aside(tmp_path, "trainer")
-    assert failure(tmp_path, "sampler") == (71, "vLLM died")
-    put_aside(tmp_path, "sampler")
+def test_a_new_start_puts_aside_what_it_said_itself_and_nothing_else(tmp_path):
+    write_failure(tmp_path, "sampler engine 10 on n1", 71, "vLLM died")
+    for other in ("trainer", "sampler", "sampler engine 1", "sampler engine 10", "sampler engine 10 on n2"):
+        put_aside(tmp_path, other)
+        assert failure(tmp_path, "sampler") == (71, "vLLM died")
+    put_aside(tmp_path, "sampler engine 10 on n1")
     assert not (tmp_path / "FAILED.md").exists()
     [kept] = (tmp_path / "logs").iterdir()
     assert "vLLM died" in kept.read_text()
+
+
+def test_what_failed_first_takes_along_what_followed_and_what_followed_only_itself(tmp_path):
+    for _ in range(2):
+        write_failure(tmp_path, "trainer rank 1", 73, "No space left", ["# trainer rank 9 failed later"])
+        write_failure(tmp_path, "sampler engine 0", 66, "no trainer")
+        write_failure(tmp_path, "trainer rank 0", 1, "rank 1 is gone")
+        put_aside(tmp_path, "sampler engine 0")
+        assert failure(tmp_path, "sampler") is None and failure(tmp_path, "trainer") == (73, "No space left")
+        assert "rank 1 is gone" in (tmp_path / "FAILED.md").read_text()
+        put_aside(tmp_path, "trainer")
+        assert not (tmp_path / "FAILED.md").exists()
+    assert len(list((tmp_path / "logs").iterdir())) == 4
 
 
 def test_a_later_failure_of_the_other_worker_can_still_be_read(tmp_path):

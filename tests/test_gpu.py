@@ -1,6 +1,7 @@
 """The trainer on a real NVIDIA GPU: the same update as on the CPU, over NCCL and over gloo, whichever works."""
 
-import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch.distributed as dist
 from tests.test_backend import free_port
 from tests.test_policy import run
 from tests.tiny import make_model
-from trainer.backend import choose_backend
+from trainer.notes import Notes
+from trainer.trial import works
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,14 +56,21 @@ def test_gloo_exchanges_gradients_of_gpu_ranks(tiny, on_cpu, tmp_path, stage):
     assert found[-1]["weights"] == pytest.approx(on_cpu[-1]["weights"], rel=1e-4)
 
 
-def test_one_gpu_is_tried_with_nccl_in_a_process_of_its_own(caplog):
-    """Skips where NCCL does not work here: then the reason is what `auto` says."""
-    store = dist.TCPStore("127.0.0.1", free_port(), 1, is_master=True)
-    caplog.set_level(logging.INFO)
-    assert choose_backend("auto", 0, 1, torch.device("cuda", 0), store) in ("nccl", "gloo")
-    assert "ranks exchange tensors over" in caplog.text
-    if "over gloo" in caplog.text:
-        pytest.skip(caplog.messages[-1])
+def test_one_gpu_is_tried_with_nccl_in_a_process_of_its_own():
+    """Skips where NCCL does not work here: then the reason is what `auto` would say of several."""
+    notes = Notes(dist.TCPStore("127.0.0.1", free_port(), 1, is_master=True), 0, ["rank 0"])
+    if said := works("nccl", notes, torch.device("cuda", 0)):
+        pytest.skip(f"NCCL failed: {said}")
+
+
+def test_a_gpu_is_looked_at_without_taking_it():
+    """In compute mode EXCLUSIVE_PROCESS the process of the trial would be refused."""
+    code = (
+        "import torch; from trainer.backend import Card; Card.here(torch.device('cuda', torch.cuda.device_count() - 1))"
+        "; print([torch._C._cuda_hasPrimaryContext(one) for one in range(torch.cuda.device_count())])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "True" not in said and "False" in said
 
 
 def test_two_ranks_on_one_gpu_take_gloo_and_cannot_have_nccl(tiny, on_cpu, tmp_path):

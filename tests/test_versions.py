@@ -2,13 +2,16 @@
 
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from doctor.history import History
 from launch.report.command import accounts, page
+from protocol import process
 from protocol import versions as software
-from protocol.metrics import MetricsWriter
+from protocol.metrics import MetricsWriter, read_metrics
+from protocol.process import visible_gpus
 from protocol.versions import gpus, versions
 from tests.test_report import make_run
 
@@ -64,3 +67,23 @@ def test_the_history_keeps_starts_apart_and_the_report_shows_them(tmp_path):
     assert len(history.steps) == 3
     text = page(accounts([run.path]))
     assert "trainer, 2 starts" in text and "<td>2.14.1</td><td>2.13.0+cpu</td>" in text and "&lt;0.32&gt;" in text
+
+
+def test_a_driver_that_hangs_holds_up_nobody(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(process, "NVIDIA_SMI_S", 0.3)
+    nvidia_smi(tmp_path, monkeypatch, "exec /bin/sleep 600")
+    assert visible_gpus() == []
+    monkeypatch.setattr(process, "NVIDIA_SMI_S", 20.0)
+    nvidia_smi(tmp_path, monkeypatch, 'echo "GPU 0: NVIDIA L4"; echo "GPU 1: NVIDIA L4"')
+    assert visible_gpus() == ["0", "1"]
+
+
+def test_only_the_first_rank_asks_for_versions_and_writes_them(tmp_path):
+    from trainer.record import Record
+
+    for first in (False, True):
+        with MetricsWriter(tmp_path / f"{first}.jsonl") as writer:
+            Record(writer, SimpleNamespace(first=first), SimpleNamespace(spent_s=0.0)).start(0)  # pyright: ignore
+    assert list(read_metrics(tmp_path / "False.jsonl")) == []
+    assert next(iter(read_metrics(tmp_path / "True.jsonl")))["kind"] == "start"

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from protocol.cli import exit_with, log_to_console, parser
@@ -25,7 +25,7 @@ from protocol.process import TRAINER_PID, group_alive, members, on_stop_signal, 
 from protocol.resolve import load
 from protocol.rundir import RunDir, resolve_recipe
 from protocol.trackers import refuse_missing
-from trainer.place import find
+from trainer.place import Place, find
 from trainer.stream import replayed, resolve_replay
 
 
@@ -44,20 +44,30 @@ def main() -> int:
         return main_of_export(options)
     if options.replay:
         return main_of_replay(options)
-    rundir, recipe = resolve_recipe(options.run, options.recipe, options.overrides)
+    place = find(os.environ)
+    keep = not place or place.rank == 0
+    rundir, recipe = resolve_recipe(options.run, options.recipe, options.overrides, keep)
     if rundir.is_complete(recipe.trainer.steps):
         print(f"trainer: {rundir.path} is complete; ask for more with --set trainer.steps=N", flush=True)
         return 0
     refuse_missing(recipe.tracking)
-    place = find(os.environ)
     if place is None:
         gpus, steps = options.gpus or recipe.trainer.gpus, recipe.trainer.steps
         return launch(gpus, rundir, lambda: rundir.is_complete(steps))
-    os.environ.update(place.variables())
-    with explained(rundir.path, f"trainer rank {place.rank}"):
+    with of_rank(place, rundir):
         from trainer.rank import run  # torch and deepspeed, only now
 
         return run(rundir, recipe)
+
+
+@contextlib.contextmanager
+def of_rank(place: Place, rundir: RunDir) -> Iterator[None]:
+    """What an earlier start said is put aside before anything of this one can fail."""
+    os.environ.update(place.variables())
+    if place.rank == 0:
+        put_aside(rundir.path, "trainer")
+    with explained(rundir.path, f"trainer rank {place.rank}"):
+        yield
 
 
 def main_of_export(options: argparse.Namespace) -> int:
@@ -91,8 +101,7 @@ def main_of_replay(options: argparse.Namespace) -> int:
     if place is None:
         gpus = options.gpus or recipe.trainer.gpus
         return launch(gpus, rundir, lambda: replayed(rundir.path), ["--replay", str(options.replay)])
-    os.environ.update(place.variables())
-    with explained(rundir.path, f"trainer rank {place.rank}"):
+    with of_rank(place, rundir):
         from trainer.replay import replay
 
         return replay(rundir, recipe, options.replay)

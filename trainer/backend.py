@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from protocol.errors import UserError
+from trainer.notes import Notes
 from trainer.trial import works
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Card(msgspec.Struct, frozen=True):
         )
 
 
-def choose_backend(wanted: str, rank: int, world: int, device: torch.device, store: dist.Store) -> str:
+def choose_backend(wanted: str, notes: Notes, device: torch.device) -> str:
     """`nccl` or `gloo`, the same on all ranks, which call this together before they have a group; rank 0 says why.
 
     device: this rank's, with its number where it is a GPU. Raises UserError where `nccl` is asked for and cannot work.
@@ -57,20 +58,22 @@ def choose_backend(wanted: str, rank: int, world: int, device: torch.device, sto
     if wanted == "gloo":
         found, why, level = "gloo", "the recipe asks for it", logging.INFO
     else:
-        cards = _exchange(Card.here(device), rank, world, store)
-        found, why = _tried(wanted, cards, rank, device, store)
+        cards = notes.swap("the GPUs", Card.here(device), Card)
+        found, why = _tried(wanted, cards, notes, device)
         fallen_back = found == "gloo" and any(card.id for card in cards)
         level = logging.WARNING if fallen_back else logging.INFO
-    if rank == 0:
+    if notes.rank == 0:
         log.log(level, "ranks exchange tensors over %s: %s", found, why)
     return found
 
 
-def _tried(wanted: str, cards: list[Card], rank: int, device: torch.device, store: dist.Store) -> tuple[str, str]:
+def _tried(wanted: str, cards: list[Card], notes: Notes, device: torch.device) -> tuple[str, str]:
     """The backend and why."""
     why, began = obstacle(cards, wanted), time.monotonic()
+    if not why and len(cards) == 1:
+        return "nccl", "one rank exchanges nothing, so it was not tried"
     if not why:
-        failed = works("nccl", rank, len(cards), device, store)
+        failed = works("nccl", notes, device)
         took = f"a trial of {time.monotonic() - began:.0f} s"
         if not failed:
             return "nccl", f"it worked in {took}"
@@ -104,9 +107,3 @@ def is_virtual(name: str, uuid: str) -> bool:
         log.warning("nvidia-smi does not tell whether %s is virtual (%s): taken for a real one", name, error)
         return False
     return bool(re.search(r"Virtualization Mode\s*:\s*VGPU", said, re.IGNORECASE))
-
-
-def _exchange(card: Card, rank: int, world: int, store: dist.Store) -> list[Card]:
-    """Of all ranks, in their order."""
-    store.set(f"{KEY}/{rank}", msgspec.json.encode(card))
-    return [msgspec.json.decode(store.get(f"{KEY}/{other}"), type=Card) for other in range(world)]

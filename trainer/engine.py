@@ -23,6 +23,7 @@ from trainer.advantage import find
 from trainer.batch import Batch, MicroBatch, make_batch
 from trainer.optimizer import adamw, engine_settings, learning_rate_factor, schedule
 from trainer.ranks import Ranks
+from trainer.roll_call import refuse_other_kernels
 from trainer.shards import Entry
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Policy:
         attention, kernels = equip(self.model, recipe.trainer, ranks.device)
         if ranks.first:
             log.info("%s", kernels)
+        refuse_other_kernels(ranks, f"attention {attention}")
         scorer = TokenLogprobs(self.model, recipe.sampling.temperature, recipe.trainer.logits_chunk, attention)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = adamw(trainable, recipe.optimizer)

@@ -17,6 +17,7 @@ from protocol.errors import UserError
 
 FIRST_PORT, PORTS = 20_000, 10_000
 """Below those that Linux gives to clients, so that none of them has taken it."""
+LAST_PORT = 65_535
 STEP = 1009
 """Apart are two steps of one job."""
 
@@ -33,6 +34,8 @@ class Place:
     port: int
     ancestors: int = 1
     """Processes above this one whose end ends it: its launcher, for DeepSpeed's also the one that started that."""
+    agent: bool = False
+    """Whether the launcher serves torch's store (torchrun), else rank 0 does."""
 
     def variables(self) -> dict[str, str]:
         """For torch and DeepSpeed, which know nothing of Slurm."""
@@ -52,6 +55,8 @@ def find(environment: Mapping[str, str]) -> Place | None:
     for name, one, of in (("rank", place.rank, place.world), ("local rank", place.local_rank, place.local_world)):
         if not 0 <= one < of:
             raise UserError(f"{name} {one} of {of}: the launcher's environment contradicts itself; start it anew")
+    if not 0 < place.port <= LAST_PORT:
+        raise UserError(f"MASTER_PORT={place.port}: expected a port, 1 to {LAST_PORT}")
     return place
 
 
@@ -84,6 +89,7 @@ def _of_launcher(environment: Mapping[str, str]) -> Place:
         address=environment["MASTER_ADDR"],
         port=_number(environment, "MASTER_PORT"),
         ancestors=2 if local == "LOCAL_SIZE" else 1,
+        agent=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 

@@ -13,12 +13,11 @@ import msgspec
 
 from doctor.learning_rate import learning_rate_advice
 from policy.agreement import agree
-from policy.model import load_tokenizer, locate
+from policy.model import load_tokenizer
 from protocol.channel import Hub
 from protocol.cli import log_to_console
 from protocol.disk import write_atomic
 from protocol.errors import StorageError
-from protocol.failure import put_aside
 from protocol.keys import open_keys
 from protocol.messages import DataSet
 from protocol.metrics import MetricsWriter
@@ -39,7 +38,7 @@ from trainer.place import here
 from trainer.publish import Publisher
 from trainer.ranks import Ranks
 from trainer.record import Record
-from trainer.roll_call import call_roll
+from trainer.roll_call import call_roll, fetch
 from trainer.shortage import shortage_explained
 from trainer.store import Store
 from trainer.stream import StreamWriter
@@ -55,11 +54,9 @@ def run(rundir: RunDir, recipe: Recipe, make_policy: Callable[..., Policy] = Pol
     stop = begin("trainer", rundir)
     with shortage_explained(recipe), Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
         call_roll(ranks, rundir, recipe)
-        keys, directory = open_keys(rundir.keys), locate(recipe.model)
+        keys, directory = open_keys(rundir.keys), fetch(ranks, recipe.model)
         # Bind before claiming the incarnation: a second trainer on this port must not fence the first one.
         hub = Hub(keys, recipe.network.bind, recipe.network.port) if ranks.first else None
-        if ranks.first:
-            put_aside(rundir.path, "trainer")
         incarnation = ranks.max([rundir.claim_incarnation() if ranks.first else 0])[0]
         tokenizer = load_tokenizer(directory)
         agreement = agree(keys.run_id, directory, tokenizer, recipe)

@@ -29,18 +29,20 @@ class Ranks:
         self.rank, self.world = place.rank, place.world
         if torch.cuda.is_available():
             self.device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-            torch.cuda.set_device(self.device)
             os.environ["LOCAL_RANK"] = str(self.device.index)  # DeepSpeed takes the device from here
         else:
             self.device = torch.device("cpu")
             # Two threads on one core spin against each other: a step took 41 s instead of 3.
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // place.local_world))
-        self.store, self.peers = meet(place)
-        self.backend = choose_backend(backend, self.rank, self.world, self.device, self.store)
+        self.notes, self.peers = meet(place)
+        self.backend = choose_backend(backend, self.notes, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # not before: the trial's process may need the GPU to itself
         # Before DeepSpeed, which would take NCCL. Without device_id: with gloo a later new_group would fail on CUDA.
-        store = dist.PrefixStore("ranks", self.store)
-        dist.init_process_group(self.backend, store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT)
-        self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        store = dist.PrefixStore("ranks", self.notes.store)
+        with self.notes.connected():
+            dist.init_process_group(self.backend, store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT)
+            self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     @property
     def first(self) -> bool:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 from protocol.evaluation import Evaluation
-from protocol.memory import peak_gb
+from protocol.memory import GIB, peak_gb
 from protocol.metrics import MetricsWriter
 from protocol.versions import versions
 from trainer import figures
@@ -22,8 +22,6 @@ from trainer.ranks import Ranks
 from trainer.store import Store
 
 log = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 class Record:
@@ -38,7 +36,8 @@ class Record:
 
     def start(self, steps_done: int) -> None:
         """What the first rank runs on, once in the life of a trainer."""
-        self._writer.write({"kind": "start", "step": steps_done, "versions": versions()})
+        if self._ranks.first:
+            self._writer.write({"kind": "start", "step": steps_done, "versions": versions()})
 
     def add(self, tokens: Figures) -> None:
         """What one forward pass showed of its tokens."""

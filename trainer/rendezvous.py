@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +19,9 @@ from pathlib import Path
 import msgspec
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from protocol.errors import PortBusy, RunError, UserError
+from trainer.notes import Absent, Notes
 from trainer.place import Place
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ COME_S = 600.0
 """For the slowest node to start its ranks."""
 CONNECT_S = 60.0
 """For ranks that are all there to connect to each other."""
-FAREWELL_S = 10.0
-"""For all ranks to read what is in the store."""
+LOOK_S = 2.0
+"""For a process that closed its connections to be gone."""
 REMOTE = re.compile(r"\[(?:::ffff:)?([0-9a-fA-F.:]+)\]:\d+")
 """How gloo's errors name the other side."""
 
@@ -54,35 +55,53 @@ class Peer(msgspec.Struct, frozen=True):
         """Whether other machines cannot reach it."""
         with contextlib.suppress(ValueError):
             return ipaddress.ip_address(self.gloo).is_loopback
-        return False
+        return self.gloo == "lo"
 
 
-def meet(place: Place, come_s: float = COME_S, connect_s: float = CONNECT_S) -> tuple[dist.Store, list[Peer]]:
-    """torch's store that all ranks share, and all ranks in their order. Called by all of them, before any group.
+def meet(place: Place, come_s: float = COME_S, connect_s: float = CONNECT_S) -> tuple[Notes, list[Peer]]:
+    """The store through which ranks leave notes, and all ranks in their order. Called by all, before any group.
 
-    Raises PortBusy, UserError where gloo cannot connect them, RunError when some did not come in `come_s`.
+    Raises UserError for an address that cannot be, PortBusy, RunError where some did not come in `come_s` or gloo does
+    not connect them in `connect_s`.
     """
-    at = f"{place.address}:{place.port}"
+    own, at = _here(place), f"{place.address}:{place.port}"
     if place.world > 1:
         log.info("rank %d of %d: meeting the others at %s, for up to %.0f s", place.rank, place.world, at, come_s)
+    store = dist.PrefixStore("vesper", _open_store(place, at, come_s))
+    numbers = [f"rank {rank}" for rank in range(place.world)]
     try:
-        store, *_ = next(rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=come_s)))
-        store = dist.PrefixStore("vesper", store)
-        store.set(f"peer/{place.rank}", msgspec.json.encode(_here(place)))
-        peers = [msgspec.json.decode(store.get(f"peer/{rank}"), type=Peer) for rank in range(place.world)]
-        all_have_read(dist.PrefixStore("peers", store), place.rank, place.world)
-    except dist.DistError as error:
-        raise _absent(place, at, come_s, str(error).splitlines()[0]) from None
+        peers = Notes(store, place.rank, numbers).swap("meeting", own, Peer, come_s)
+    except Absent as error:
+        raise RunError(
+            f"not all of {place.world} ranks came to {at} in {come_s:.0f} s: {error.names} did not; start the trainer "
+            "on every node"
+        ) from None
+    _refuse_loopback(peers)
     _connect(store, place, peers, connect_s)
-    return store, peers
+    return Notes(store, place.rank, list(map(str, peers))), peers
 
 
-def all_have_read(store: dist.Store, rank: int, world: int) -> None:
-    """Rank 0, who serves the store, waits for the others: if it ended now, they would not learn why."""
-    store.set(f"read/{rank}", "")
-    if rank == 0:
-        with contextlib.suppress(dist.DistError):
-            store.wait([f"read/{other}" for other in range(world)], timedelta(seconds=FAREWELL_S))
+def _open_store(place: Place, at: str, seconds: float) -> dist.Store:
+    """torch's own, which does not wait for all ranks here: rank 0 could not say which of them are missing."""
+    try:
+        return dist.TCPStore(
+            place.address,
+            place.port,
+            is_master=place.rank == 0 and not place.agent,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        said = str(error).splitlines()[0]
+        if "EADDRINUSE" in said:
+            raise PortBusy(
+                f"another process listens on port {place.port}, where the ranks should meet: set another one"
+            ) from None
+        raise RunError(
+            f"rank {place.rank} on {socket.gethostname()} finds no rank 0 at {at} ({said}): is it started, is "
+            "MASTER_ADDR an address of its node that this one reaches, does a firewall close the port?"
+        ) from None
 
 
 def _here(place: Place) -> Peer:
@@ -107,35 +126,25 @@ def _own_address(place: Place) -> str:
         raise UserError(f"MASTER_ADDR={place.address}: {error}; expected rank 0's node by name or address") from None
 
 
-def _absent(place: Place, at: str, seconds: float, said: str) -> RunError:
-    if "EADDRINUSE" in said:
-        return PortBusy(f"another process listens on port {place.port}, where the ranks should meet: set another one")
-    if place.rank == 0:
-        return RunError(
-            f"not all of {place.world} ranks came to {at} in {seconds:.0f} s ({said}): start the trainer on every node"
-        )
-    return RunError(
-        f"rank {place.rank} on {socket.gethostname()} finds no rank 0 at {at} ({said}): is it started, is MASTER_ADDR "
-        "an address of its node that this one reaches, does a firewall close the port?"
-    )
-
-
-def _connect(store: dist.Store, place: Place, peers: Sequence[Peer], seconds: float) -> None:
-    """A group of gloo's own that adds up one number: what cannot connect is told now, not after half an hour."""
+def _refuse_loopback(peers: Sequence[Peer]) -> None:
     apart = len({peer.host for peer in peers}) > 1
     wrong = [peer for peer in peers if apart and peer.loopback]
     if wrong:
         raise UserError(
-            f"{wrong[0]}: its host name means {wrong[0].gloo}, which other nodes do not reach. {_interfaces(peers)}"
+            f"{wrong[0]}: gloo would listen on {wrong[0].gloo}, which other nodes do not reach. {_interfaces(peers)}"
         )
+
+
+def _connect(store: dist.Store, place: Place, peers: Sequence[Peer], seconds: float) -> None:
+    """A group of gloo's own that adds up one number: what cannot connect is told now, not after half an hour."""
     limit = timedelta(seconds=seconds)
     try:
-        group = dist.ProcessGroupGloo(dist.PrefixStore("trial", store), place.rank, place.world, limit)
+        group = dist.ProcessGroupGloo(dist.PrefixStore("connection", store), place.rank, place.world, limit)
         group.allreduce([torch.ones(1)]).wait()
     except RuntimeError as error:
-        raise UserError(
-            f"gloo does not connect the {place.world} ranks within {seconds:.0f} s. {_interfaces(peers)} "
-            f"It said: {str(error).splitlines()[0][:300]}"
+        raise RunError(
+            f"gloo does not connect the {place.world} ranks within {seconds:.0f} s: one has ended since, or is not "
+            f"reached. {_interfaces(peers)} It said: {str(error).splitlines()[0][:300]}"
         ) from None
 
 
@@ -159,20 +168,23 @@ def _one_a_node(peers: Sequence[Peer]) -> list[Peer]:
     return list({peer.host: peer for peer in reversed(peers)}.values())[::-1]
 
 
-def gone(peers: Sequence[Peer], rank: int, said: str) -> list[Peer]:
+def gone(peers: Sequence[Peer], rank: int, said: str, look_s: float = LOOK_S) -> list[Peer]:
     """Who broke the connection that an error of gloo's speaks of, as far as rank `rank` can tell.
 
-    On its own node a rank's process is looked at; on another the address in the error leaves the ranks of one node.
+    On its own node a rank's process is looked at, for `look_s` as it may still be ending; the address in the error
+    leaves the ranks of one node.
     """
     others = [peer for peer in peers if peer.rank != rank]
     near = [peer for peer in others if peer.host == peers[rank].host]
-    dead = [peer for peer in near if not _alive(peer.pid)]
-    if dead:
-        return dead
     far = [peer for peer in others if peer not in near]
     remote = REMOTE.search(said)
-    there = [peer for peer in far if remote and peer.address == remote[1]]
-    return there or far
+    there = [peer for peer in others if remote and peer.address == remote[1]]
+    deadline = time.monotonic() + look_s
+    while not (dead := [peer for peer in near if not _alive(peer.pid)]):
+        if any(peer in far for peer in there) or time.monotonic() > deadline:
+            return there or far or near
+        time.sleep(0.1)
+    return dead
 
 
 def _alive(pid: int) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from policy.model import load_tokenizer, locate, vocabulary_size
+from policy.model import load_tokenizer, vocabulary_size
 from protocol.codec import decode_groups, encode_groups
 from protocol.errors import RunError, UserError
 from protocol.keys import open_keys
@@ -31,7 +31,7 @@ from trainer.publish import Publisher
 from trainer.rank import begin
 from trainer.ranks import Ranks
 from trainer.record import Record
-from trainer.roll_call import call_roll
+from trainer.roll_call import call_roll, fetch
 from trainer.shortage import shortage_explained
 from trainer.store import Store
 from trainer.stream import read_stream, recorded, stream_of
@@ -44,7 +44,7 @@ def replay(rundir: RunDir, recipe: Recipe, stream: Path) -> int:
     stop = begin("replay", rundir)
     with shortage_explained(recipe), Ranks(recipe.trainer.backend, recipe.trainer.threads) as ranks:
         call_roll(ranks, rundir, recipe)
-        directory = locate(recipe.model)
+        directory = fetch(ranks, recipe.model)
         policy = Policy(recipe, directory, ranks)
         policy.steps_done = ranks.max([min(recorded(stream)) - 1 if ranks.first else 0])[0]
         source = Recorded(ranks, recipe, read_stream(stream), vocabulary_size(directory), stop)

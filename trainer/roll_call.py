@@ -1,31 +1,34 @@
 """All ranks of all nodes hold the same: run directory, recipe and software. Asked before a model is loaded.
 
-Rank 0 says what it holds over the store, each rank answers with what it misses, and all read all answers, so that
-all of them end with the same sentence.
+Rank 0 says what it holds, each rank answers with what it misses, and all of them end with the same sentence.
 """
 
+import contextlib
 import hashlib
-import importlib.metadata
 import logging
 import secrets
 import time
 from pathlib import Path
 
 import msgspec
-import torch.distributed as dist
 
+from policy.model import locate
 from protocol.disk import names_in
 from protocol.errors import StorageError, UserError
-from protocol.recipe import Recipe
+from protocol.recipe import Model, Recipe
 from protocol.rundir import RunDir
+from protocol.versions import libraries
 from trainer.ranks import Ranks
-from trainer.rendezvous import Peer, all_have_read, nodes
+from trainer.rendezvous import Peer, nodes
 
 log = logging.getLogger(__name__)
 
 SEEN_S = 60.0
 """A network filesystem may show a new file so late."""
-LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors")
+FETCH_S = 6 * 3600.0
+"""For the slowest node to download the model."""
+LOAD_S = 1800.0
+"""For the slowest node to load it."""
 ROOMS = ("protocol", "policy", "doctor", "trainer")
 
 
@@ -41,10 +44,8 @@ class Held(msgspec.Struct, frozen=True):
 
 
 def call_roll(ranks: Ranks, rundir: RunDir, recipe: Recipe) -> None:
-    """Called by all ranks. Raises UserError on all of them, with the name of a node that differs from rank 0's."""
-    own, store = ranks.peers[ranks.rank], dist.PrefixStore("roll", ranks.store)
-    mark = rundir.logs / f".roll-{secrets.token_hex(8)}"
-    held = Held(token=mark.name, run=str(rundir.path.absolute()), recipe=plain(recipe), software=software())
+    """Called by all ranks. Raises UserError on all of them, with the name of a node that differs from rank 0's, and
+    StorageError with the name of one that cannot use the run directory."""
     if ranks.first and ranks.world != recipe.trainer.gpus:
         log.info(
             "the launcher started %d ranks, trainer.gpus = %d counts for nothing", ranks.world, recipe.trainer.gpus
@@ -53,20 +54,41 @@ def call_roll(ranks: Ranks, rundir: RunDir, recipe: Recipe) -> None:
         return
     if ranks.first:
         log.info("%s", nodes(ranks.peers))
+    mark = rundir.logs / f".roll-{secrets.token_hex(8)}"
+    held = Held(token=mark.name, run=str(rundir.path.absolute()), recipe=plain(recipe), software=software())
+    own, first = ranks.peers[ranks.rank], ranks.peers[0]
     try:
-        if ranks.first:
-            _make(mark)
-            store.set("held", msgspec.json.encode(held))
-        wanted = msgspec.json.decode(store.get("held"), type=Held)
-        store.set(f"answer/{ranks.rank}", difference(own, ranks.peers[0], rundir, wanted, held))
-        answers = [store.get(f"answer/{rank}").decode() for rank in range(ranks.world)]
-        all_have_read(store, ranks.rank, ranks.world)
+        ranks.notes.together("the run directory", lambda: _make(mark) if ranks.first else None)
+        [wanted] = ranks.notes.swap("what rank 0 holds", [held] if ranks.first else [], list[Held])[0]
+        ranks.notes.together("what all hold", lambda: _refuse(difference(own, first, rundir, wanted, held)))
     finally:
         if ranks.first:
-            mark.unlink(missing_ok=True)
-    if problems := [answer for answer in answers if answer]:
-        more = f" ({len(problems) - 1} more ranks differ)" if len(problems) > 1 else ""
-        raise UserError(problems[0] + more)
+            with contextlib.suppress(OSError):
+                mark.unlink()
+
+
+def fetch(ranks: Ranks, model: Model) -> Path:
+    """The model's directory on this node, once all nodes have theirs, which may have to download it first."""
+    return ranks.notes.together("the model", lambda: locate(model), FETCH_S)
+
+
+def refuse_other_kernels(ranks: Ranks, kernels: str) -> None:
+    """Called by all ranks. Raises UserError on all of them where one has chosen others than rank 0.
+
+    kernels: what was chosen, without reasons: `attention varlen`. Which packages are there was compared before.
+    """
+    chosen = ranks.notes.swap("the kernels", kernels, str, LOAD_S)
+    for peer, other in zip(ranks.peers, chosen, strict=True):
+        if other != chosen[0]:
+            raise UserError(
+                f"{peer} would compute with {other}, {ranks.peers[0]} with {chosen[0]}: expected the same on all "
+                "GPUs; set trainer.attention to what all of them can"
+            )
+
+
+def _refuse(problem: str) -> None:
+    if problem:
+        raise UserError(problem)
 
 
 def difference(own: Peer, first: Peer, rundir: RunDir, wanted: Held, held: Held) -> str:
@@ -78,9 +100,10 @@ def difference(own: Peer, first: Peer, rundir: RunDir, wanted: Held, held: Held)
         )
     if held.run != wanted.run:
         return f"{own} has the run directory at {held.run}, {first} at {wanted.run}: expected one path on all nodes"
-    for name, version in wanted.software.items():
-        if held.software.get(name) != version:
-            return f"{own} has {name} {held.software.get(name)}, {first} has {version}: install the same on all nodes"
+    for name in [*wanted.software, *held.software]:
+        here, there = held.software.get(name, "none"), wanted.software.get(name, "none")
+        if here != there:
+            return f"{own} has {name} {here}, {first} has {there}: install the same on all nodes"
     settings, mine = _flat(wanted.recipe), _flat(held.recipe)
     for name in [*settings, *mine]:
         if settings.get(name) != mine.get(name):
@@ -101,7 +124,8 @@ def software() -> dict[str, str]:
     digest, root = hashlib.sha256(), Path(__file__).parent.parent
     for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return {name: importlib.metadata.version(name) for name in LIBRARIES} | {"this code": digest.hexdigest()[:12]}
+    of_trainer = {name: version for name, version in libraries().items() if not name.startswith("vllm")}
+    return of_trainer | {"this code": digest.hexdigest()[:12]}
 
 
 def _make(mark: Path) -> None:

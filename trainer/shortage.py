@@ -7,12 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from protocol.errors import OutOfMemory
-from protocol.memory import peak_gb
+from protocol.memory import GIB, peak_gb
 from protocol.recipe import Recipe
 
 SHORT = re.compile(r"out of memory|can't allocate memory|_ALLOC_FAILED", re.IGNORECASE)
 """What torch, CUDA and its libraries say in RuntimeErrors of other kinds."""
-GIB = 2**30
 
 
 @contextlib.contextmanager

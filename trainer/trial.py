@@ -21,46 +21,49 @@ import torch.distributed as dist
 
 from protocol.failure import died
 from protocol.process import die_with_parent, end, start
+from trainer.notes import Notes
 
 DEADLINE_S = 120.0
 """For the import of torch, CUDA's start, the backend's own and the sums."""
 SIZES = (1, 2**24)
 """Float32 numbers in a sum: 4 bytes, and 64 MiB, which take other paths through NCCL."""
 TRY = "trainer.trial"
+FIRST = f"{TRY}/failed"
+"""In the store: the first failure of any rank's process."""
 FAILED = "failed: "
 LONGEST = 400
 """Characters of a backend's message that are quoted."""
 
 
-def works(
-    backend: str, rank: int, world: int, device: torch.device, store: dist.Store, deadline_s: float = DEADLINE_S
-) -> str:
+def works(backend: str, notes: Notes, device: torch.device, deadline_s: float = DEADLINE_S) -> str:
     """Called by all ranks together; empty where the sums came out right on all, else why not, the same on all.
 
-    device: this rank's, with its number where it is a GPU. store: the ranks' own, served over TCP.
+    device: this rank's, with its number where it is a GPU. The ranks' store must be served over TCP.
     """
-    served = _served(store)
-    command = [sys.executable, "-m", TRY, backend, str(rank), str(world), str(device), served.host, str(served.port)]
+    served = _served(notes.store)
+    place = [str(notes.rank), str(notes.world), str(device), served.host, str(served.port)]
+    command = [sys.executable, "-m", TRY, backend, *place]
     with tempfile.TemporaryFile() as log:
         child = start(command, log=log, environment={"NCCL_DEBUG": os.environ.get("NCCL_DEBUG", "WARN")})
         try:
-            why = _wait(child, store, deadline_s)
+            with notes.connected():
+                ending = _wait(child, notes.store, deadline_s)
         finally:
             end(child, grace_s=0.0)
         said = _said(log)
-    if why and not store.check([f"{TRY}/failed"]):  # else it is what the first failure led to
-        why = said.removeprefix(FAILED) if said.startswith(FAILED) else ": ".join(filter(None, [why, said]))
-        store.set(f"{TRY}/failed", why)
-    store.set(f"{TRY}/{rank}", "done")
-    store.wait([f"{TRY}/{other}" for other in range(world)], timedelta(seconds=deadline_s + 60))
-    return store.get(f"{TRY}/failed").decode() if store.check([f"{TRY}/failed"]) else ""
+    failed = ""
+    if ending:
+        own = said.removeprefix(FAILED) if said.startswith(FAILED) else ": ".join(filter(None, [ending, said]))
+        with notes.connected():
+            failed = notes.store.compare_set(FIRST, "", own).decode()  # the first failure: later ones follow from it
+    return next(filter(None, notes.swap("the trial", failed, str, deadline_s + 60)), "")
 
 
 def _wait(child: Popen, store: dist.Store, deadline_s: float) -> str:
-    """How it failed; empty when it ended well. When another rank's has failed it is not waited for any longer."""
+    """How the process ended, "" when it did well. Once another rank's has failed it is not waited for any longer."""
     deadline = time.monotonic() + deadline_s
     while child.poll() is None:
-        if store.check([f"{TRY}/failed"]):
+        if store.check([FIRST]):
             return "another rank's trial failed"
         if time.monotonic() > deadline:
             return f"no answer within {deadline_s:g} s"
@@ -69,7 +72,7 @@ def _wait(child: Popen, store: dist.Store, deadline_s: float) -> str:
 
 
 def _served(store: dist.Store) -> dist.TCPStore:
-    """The store under the prefixes that torchrun puts before its own."""
+    """The store under its prefixes."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     assert isinstance(store, dist.TCPStore)

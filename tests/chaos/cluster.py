@@ -135,6 +135,8 @@ class Cluster:
 
     def _trainer(self, rank: int, work: Callable[[], None]) -> Callable[[], int]:
         def run() -> int:
+            from trainer.__main__ import of_rank
+            from trainer.place import here
             from trainer.rank import Ranks, run
 
             join = Ranks.__init__
@@ -145,7 +147,7 @@ class Cluster:
 
             Ranks.__init__ = joined
             work()
-            with explained(self.rundir.path, f"trainer rank {rank}"):
+            with of_rank(here(), self.rundir):
                 return run(self.rundir, self.recipe, toy.ToyPolicy)
 
         return run
