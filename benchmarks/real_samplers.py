@@ -130,3 +130,7 @@ def windows(inbox: Inbox, pair: list, rundir: RunDir) -> dict[str, list[float]]:
         return (inbox.counts()["sampler/tokens"] - before) / (time.monotonic() - begun)
 
     return interleaved({"1": lambda: rate(signal.SIGSTOP), "2": lambda: rate(signal.SIGCONT)}, ROUNDS)
+
+
+if __name__ == "__main__":
+    raise SystemExit("a part of another benchmark: python -m benchmarks.samplers --real")

@@ -8,111 +8,8 @@ two is what a run uses. The bound is the slower of the two.
 """
 
 import argparse
-import asyncio
-import os
-import statistics
-import tempfile
-import time
-from pathlib import Path
-
-import numpy as np
 
 from benchmarks.measure import emit
-from benchmarks.processes import forked, free_port
-from protocol.messages import Span, Split
-from protocol.metrics import read_metrics
-from protocol.recipe import Recipe
-from protocol.resolve import dump, load
-from protocol.rundir import RunDir
-from sampler import replica
-from sampler.engine import Sampled
-from tests.chaos.toy import ToyEngine, ToyPolicy
-from tests.tiny import make_model
-from trainer import rank
-
-TOKENS_PER_S = 512
-GROUP, LENGTH = 4, 64
-PER_STEP = 8
-STEP_S = 1.0
-WARM = 4
-"""Steps that are not counted: samplers join one after the other."""
-SETTINGS = (
-    "data.train=word-problems", "data.eval=", "data.limit=400", "data.system=", "model.dtype=float32",
-    f"sampling.group_size={GROUP}", f"sampling.max_tokens={LENGTH}", f"trainer.prompts_per_step={PER_STEP}",
-    "objective.kl_beta=0.0", "eval.before=false", "eval.after=false", "sampler.reward_workers=1",
-    "trainer.threads=1", "trainer.backend=gloo", "trainer.checkpoint_every=1000", "trainer.keep_stream=false",
-)  # fmt: skip
-
-
-class PacedEngine(ToyEngine):
-    """Samples TOKENS_PER_S in all, however many requests it has."""
-
-    _free_at = 0.0
-
-    async def generate(self, prompt: np.ndarray, split: Split) -> list[Sampled]:
-        self.running += 1
-        begins = max(time.monotonic(), self._free_at)
-        self._free_at = begins + GROUP * LENGTH / TOKENS_PER_S
-        await asyncio.sleep(self._free_at - time.monotonic())
-        self.running -= 1
-        await self.weights.checked()
-        self.tokens += GROUP * LENGTH
-        return [self._one() for _ in range(GROUP)]
-
-    def _one(self) -> Sampled:
-        tokens = np.array([self._dice.randrange(97, 123) for _ in range(LENGTH)], np.int64)
-        spans = [Span(self._applied, 0, LENGTH)]
-        logprobs = np.full(LENGTH, -3.0, np.float32)
-        return Sampled(
-            tokens=tokens, logprobs=logprobs, text=bytes(tokens.tolist()).decode(), finish="length", spans=spans
-        )
-
-
-class PacedPolicy(ToyPolicy):
-    """Takes STEP_S a step."""
-
-    def update(self) -> bool:
-        time.sleep(STEP_S)
-        return super().update()
-
-
-def simulated(samplers: int, model: Path, measured: int) -> dict[str, object]:
-    """One run. Rates are those of the last `measured` steps."""
-    directory = Path(tempfile.mkdtemp(prefix="samplers-"))
-    reward = Path(__file__).parents[1] / "tests" / "rewards_for_tests.py"
-    steps = f"trainer.steps={WARM + measured}"
-    recipe = load(None, [*SETTINGS, steps, f"model.path={model}", f"reward=[{{function='{reward}:vowels'}}]"])
-    rundir = RunDir(directory)
-    rundir.make()
-    rundir.recipe.write_text(dump(recipe))
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    children = [forked(lambda: rank.run(rundir, recipe, PacedPolicy), directory / "trainer.log", **place)]
-    for index in range(samplers):
-        one = directory / f"sampler-{index}.log"
-        children.append(forked(lambda i=index: replica.run(rundir, recipe, i, PacedEngine), one))
-    for child in children:
-        os.waitpid(child, 0)
-    return figures(rundir, recipe, samplers)
-
-
-def figures(rundir: RunDir, recipe: Recipe, samplers: int) -> dict[str, object]:
-    records = [record for record in read_metrics(rundir.metrics / "trainer.jsonl") if record["kind"] == "step"]
-    if len(records) != recipe.trainer.steps:
-        raise SystemExit(f"only {len(records)} steps: see {rundir.path}")
-    counted = records[WARM:]
-    per_s = PER_STEP / statistics.mean(record["step_time"] for record in counted)
-    tokens = GROUP * LENGTH
-    by_engines, by_trainer = samplers * TOKENS_PER_S / tokens, PER_STEP / STEP_S
-    return {
-        "samplers": samplers,
-        "groups/s": round(per_s, 2),
-        "bound": round(min(by_engines, by_trainer), 2),
-        "of bound": round(per_s / min(by_engines, by_trainer), 3),
-        "limit": "samplers" if by_engines < by_trainer else "trainer",
-        "waited": round(statistics.mean(record["time/wait_s"] / record["step_time"] for record in counted), 2),
-        "staleness": round(statistics.mean(record["staleness/mean"] for record in counted), 2),
-        "joined": int(counted[-1]["samplers"]),
-    }
 
 
 def main() -> None:
@@ -122,13 +19,13 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=10, help="steps that are counted")
     options = flags.parse_args()
     if options.real:
-        from benchmarks.real_samplers import measure
+        from benchmarks.real_samplers import measure as measure_real  # engines, only now
 
-        emit("samplers --real", measure(), unit="tokens/s, both together")
+        emit("samplers --real", measure_real(), unit="tokens/s, both together")
         return
-    model = make_model(Path(tempfile.mkdtemp(prefix="samplers-")) / "model")
-    rows = [simulated(count, model, options.steps) for count in options.counts]
-    emit("samplers", rows, tokens_per_s=TOKENS_PER_S, group_tokens=GROUP * LENGTH, per_step=PER_STEP, step_s=STEP_S)
+    from benchmarks.simulated_samplers import measure
+
+    measure(options.counts, options.steps)
 
 
 if __name__ == "__main__":

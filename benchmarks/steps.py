@@ -18,7 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks.measure import emit, interleaved, spread, timed
 from policy.kernels import equip
 from protocol.codec import pack, token_array
-from protocol.memory import peak_gb
+from protocol.memory import GIB, peak_gb
 from protocol.messages import Completion, Group, Span
 from protocol.recipe import Recipe
 from protocol.resolve import load
@@ -33,7 +33,6 @@ SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 1024},
 }  # fmt: skip
-GIB = 2**30
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -192,3 +191,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
             torch.cuda.synchronize()
 
     return 2 * size**3 / min(timed(product) for _ in range(20))
+
+
+if __name__ == "__main__":
+    raise SystemExit("a part of another benchmark: python -m benchmarks.trainer")

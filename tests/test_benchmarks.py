@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,27 @@ def test_a_snapshots_cost_is_measured_with_the_publishers_and_the_readers_code(t
     row = cost(tmp_path)
     assert row["directory"] == str(tmp_path) and not list(tmp_path.iterdir())
     assert all(value > 0 for name, value in row.items() if name != "directory")
+
+
+BENCHMARKS = sorted(Path(__file__).parents[1].glob("benchmarks/[!_]*.py"))
+
+
+@pytest.mark.parametrize("file", BENCHMARKS, ids=lambda file: file.stem)
+def test_every_file_that_can_be_called_says_what_it_is(file):
+    assert '\nif __name__ == "__main__":\n' in file.read_text()
+
+
+def test_the_help_of_samplers_loads_no_engine():
+    code = "import sys; import benchmarks.samplers; sys.argv[1:] = ['--help']\n"
+    code += "try: benchmarks.samplers.main()\nfinally: assert not {'torch', 'numpy', 'vllm'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and "--real" in done.stdout, done.stderr
+
+
+def test_a_part_of_a_benchmark_says_of_which():
+    command = [sys.executable, "-m", "benchmarks.processes"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr == "a part of another benchmark: python -m benchmarks.hub\n"
 
 
 @pytest.mark.slow

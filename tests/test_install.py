@@ -50,7 +50,7 @@ def test_every_extra_that_is_installed_exists_and_so_do_its_constraints(gpu: boo
 
 def test_one_worker_gets_its_own_engine_alone():
     assert plan_for(False, ("sampler",)).extras == ("sampler-cpu",)
-    assert plan_for(True, ("trainer",)).extras == ("trainer", "qlora")
+    assert plan_for(True, ("trainer",)).extras == ("trainer", "qlora", "launch")
     assert plan_for(False, ("trainer",)).unwanted == ()
     assert plan_for(False, ("sampler",)).unwanted == CUDA_ONLY
 

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from launch.local import FINAL
 from launch.slurm.command import main
+from launch.slurm.plan import seconds
 from launch.slurm.requeue import decide, own_job, starts_without_a_step
 from protocol.errors import UserError
 from protocol.metrics import read_metrics
@@ -53,7 +55,8 @@ def rendered(recipe: Path, run: Path, *flags: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_files_are_short_and_say_what_the_flags_say(recipe, tmp_path, shape, capsys):
-    files = rendered(recipe, tmp_path / "run", *SHAPES[shape], "--gpus-per-node", "4", "--setup", "module load cuda")
+    flags = [*SHAPES[shape], "--gpus-per-node", "4", "--cpus-per-node", "64", "--setup", "module load cuda"]
+    files = rendered(recipe, tmp_path / "run", *flags)
     assert set(files) == ({"trainer", "samplers"} if shape == "array" else {shape})
     for name, text in files.items():
         assert text.index("trap '' USR1") < text.index(
@@ -95,12 +98,52 @@ def test_samplers_of_an_array_may_have_a_partition_of_their_own(recipe, tmp_path
 
 def test_a_worker_with_nodes_for_itself_takes_all_their_gpus(recipe, tmp_path):
     text = rendered(recipe, tmp_path / "run", *SHAPES["nodes"], "--gpus-per-node", "8")["nodes"]
-    assert (
-        "srun --relative=0 --nodes=2 --ntasks=16 --ntasks-per-node=8 " in text
-        and "srun --relative=2 --nodes=2 --ntasks=2 " in text
-    )
+    assert "srun --relative=0 --nodes=2 --ntasks=16 --ntasks-per-node=8 --cpu-bind=none " in text
+    assert "for node in {2..3}; do\n" in text
     resolved = load(tmp_path / "run" / "recipe.toml")
     assert (resolved.trainer.gpus, resolved.sampler.gpus) == (8, 8)
+
+
+def test_a_sampler_of_an_array_asks_for_its_part_of_a_node(recipe, tmp_path):
+    flags = [*SHAPES["array"], "--gpus-per-node", "8", "--cpus-per-node", "64", "--set", "sampler.gpus=2"]
+    files = rendered(recipe, tmp_path / "run", *flags)
+    samplers, trainer = (set(files[name].splitlines()) for name in ("samplers", "trainer"))
+    assert {"#SBATCH --gpus-per-node=2", "#SBATCH --cpus-per-task=16"} < samplers
+    assert {"#SBATCH --gpus-per-node=8", "#SBATCH --cpus-per-task=64"} < trainer
+    assert not {"#SBATCH --exclusive", "#SBATCH --mem=0"} & samplers
+
+
+def test_a_sampler_of_an_array_that_takes_all_gpus_may_take_the_whole_node(recipe, tmp_path):
+    flags = [*SHAPES["array"], "--gpus-per-node", "2", "--set", "sampler.gpus=2"]
+    for text in rendered(recipe, tmp_path / "run", *flags).values():
+        assert "#SBATCH --exclusive\n" in text and "#SBATCH --gpus-per-node=2\n" in text
+
+
+def test_ranks_and_samplers_share_the_cpus_that_were_asked_for(recipe, tmp_path):
+    flags = [*SHAPES["nodes"], "--gpus-per-node", "8", "--cpus-per-node", "64"]
+    text = rendered(recipe, tmp_path / "run", *flags)["nodes"]
+    assert "--ntasks-per-node=8 --cpus-per-task=8 " in text and "--ntasks-per-node=1 --cpus-per-task=64 " in text
+
+
+def test_runs_of_the_same_name_have_jobs_of_their_own(recipe, tmp_path):
+    jobs = set()
+    for parent in ("a", "b"):
+        for text in rendered(recipe, tmp_path / parent / "run", *SHAPES["array"]).values():
+            jobs |= set(re.findall(r"#SBATCH --job-name=(\S+)", text))
+    assert len(jobs) == 4 and all(job.startswith("vesper-run-") for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("0", 0), ("90", 5400), ("1:30", 90), ("1:00:01", 3601), ("1-2", 93_600), ("1-2:30", 95_400), ("0-0:0:5", 5)],
+)
+def test_a_limit_is_read_as_slurm_reads_it(time, expected):
+    assert seconds(time) == expected
+
+
+@pytest.mark.parametrize("option", ["--error=x", "--mem=8G", "--time-min=5", "-p x", "--comment=a-b", "--nodelist=n1"])
+def test_other_options_of_sbatch_pass(recipe, tmp_path, option):
+    assert f"#SBATCH {option}\n" in rendered(recipe, tmp_path / "run", f"--sbatch={option}")["node"]
 
 
 def test_an_address_of_yours_is_kept(recipe, tmp_path):
@@ -118,6 +161,14 @@ def test_an_address_of_yours_is_kept(recipe, tmp_path):
         (["--gpus-per-node", "1"], "ask for 2"),
         (["--sbatch=qos=high"], "an option of sbatch"),
         (["--sbatch=--array=1-9"], "writes --array itself"),
+        (["--sbatch=--arr 1-9"], "writes --arr itself"),
+        (["--sbatch=--qos=high --array=1-9"], "writes --array itself"),
+        (["--sbatch=-a1-3"], "writes -a1-3 itself"),
+        (["--sbatch=-J=x"], "writes -J itself"),
+        (["--time", "5", "--warning", "600"], "expected less than --time 5, which is 300 s"),
+        (["--warning", "65536"], "at most 65535 seconds"),
+        ([*SHAPES["array"], "--gpus-per-node", "8"], "say with --cpus-per-node"),
+        ([*SHAPES["nodes"], "--cpus-per-node", "2", "--set", "trainer.gpus=3"], "one for each rank"),
         (["--setup", "a\nb"], "one line of text"),
         (["--set", "trainer.stepz=1"], "did you mean `steps`"),
         (["--set", "data.train=/nowhere.jsonl"], "/nowhere.jsonl"),
@@ -145,9 +196,14 @@ def test_without_slurm_one_line_says_so(recipe, tmp_path, monkeypatch):
 # -- whether a job starts again ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", [2, 3, 66, 69, 72, 74, 75, 76])
+@pytest.mark.parametrize("code", sorted(FINAL))
 def test_what_would_fail_again_is_not_started_again(code):
     assert decide([code], complete=False, done=0, most=20)[:2] == (False, code)
+
+
+def test_the_page_has_the_codes_after_which_nothing_is_started_again():
+    [codes] = re.findall(r"exit codes ([\d, ]+)\)", (ROOT / "docs" / "cluster.md").read_text().partition("## Slurm")[2])
+    assert codes == ", ".join(map(str, sorted(FINAL)))
 
 
 @pytest.mark.parametrize("codes", [[0], [130], [1], [71], [73], [137], [138], [0, 71]])
@@ -186,6 +242,14 @@ def test_a_complete_run_ends_with_the_code_of_its_first_worker():
 def test_a_sampler_gives_its_gpu_back_while_the_trainer_waits_in_the_queue():
     assert not decide([66], complete=False, done=0, most=5).again
     assert decide([66], complete=False, done=0, most=5, trainer_waits=True).again
+
+
+def test_ci_installs_what_skipped_tests_ask_for():
+    """And `ip`, of which the reason in test_nodes.py does not name the package."""
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
+    [installed] = re.findall(r"for package in (.+); do", (ROOT / ".ci" / "run").read_text())
+    asked = " ".join(re.findall(r": apt-get install ([a-z0-9 -]+)", tests))
+    assert {*asked.split(), "iproute2"} == set(installed.split())
 
 
 # -- on a real Slurm -----------------------------------------------------------------------------------------------
@@ -257,6 +321,44 @@ def test_one_node_refused_then_cancelled_then_submitted_again(slurm, recipe, tmp
     run.nothing_lost()
     assert run.steps() == [*saved, *range(saved[-1] + 1, 13)]  # cancelling saved a checkpoint: no step was done twice
     assert "the run is complete" in run.story()
+
+
+def worker(path: Path, text: str) -> Path:
+    """Takes the place of the nodes' Python: what a batch file starts, without any worker."""
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.slow
+def test_a_sampler_node_that_dies_ends_the_job_and_its_code_is_known(slurm, recipe, tmp_path):
+    """Of two sampler nodes the second one; the other workers would go on."""
+    python = worker(
+        tmp_path / "python",
+        """\
+[[ "$*" = *requeue* ]] && exec echo "codes ${*: -3}"
+trap 'exit 0' USR1
+if [[ "$*" = *sampler* && $SLURM_STEP_NODELIST = node3 ]]; then sleep 2; exit 71; fi
+for _ in {1..600}; do sleep 0.1; done""",
+    )
+    flags = ["--shape", "nodes", "--sampler-nodes", "2", "--python", str(python)]
+    run = Run(slurm, recipe, tmp_path / "died", *flags, step_s=0.0)
+    run.ends(*run.submit())
+    assert "codes 0 0 71\n" in run.story()
+
+
+@pytest.mark.slow
+def test_ranks_start_where_slurm_hands_the_jobs_cpus_to_every_step(slurm, recipe, tmp_path):
+    python = worker(
+        tmp_path / "python", 'echo "$2 $SLURM_NODEID $SLURM_LOCALID of $SLURM_STEP_NUM_TASKS$SLURM_TRES_PER_TASK"'
+    )
+    flags = ["--shape", "nodes", "--trainer-nodes", "2", "--cpus-per-node", "4", "--set", "trainer.gpus=2"]
+    flags += ["--python", str(python), "--setup", "export SRUN_CPUS_PER_TASK=4 SLURM_TRES_PER_TASK=cpu:4"]
+    run = Run(slurm, recipe, tmp_path / "ranks", *flags, step_s=0.0)
+    run.ends(*run.submit())
+    found = sorted(line for line in run.story().splitlines() if line.startswith(("trainer", "sampler")))
+    ranks = [f"trainer {node} {local} of 4" for node in (0, 1) for local in (0, 1)]
+    assert found == ["sampler 0 0 of 1", *ranks], run.story()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -32,11 +33,15 @@ ROOT = Path(__file__).parent.parent
 VENV = ROOT / ".venv-trainer"
 MADE_FROM = ("pyproject.toml", "install.py", "constraints/trainer.txt")
 DIFFERENT = ("torch", "transformers")
+NETWORK = re.compile(
+    r"[Cc]onnection|[Cc]onnect[TE]|[Tt]imed? ?out|Max retries|NameResolution|unreachable|ProxyError|SSLError|HTTP error"
+)
+"""What pip says where it does not reach an index."""
 
 
 @pytest.fixture(scope="module")
 def trainer_python() -> str:
-    """Of the trainer's environment; skips with pip's own words where it cannot be made."""
+    """Of the trainer's environment; skips with pip's own words where no index can be reached."""
     made_from = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in MADE_FROM)).hexdigest()
     marker, python = VENV / "made-from", str(VENV / "bin" / "python")
     with (ROOT / f"{VENV.name}.lock").open("w") as lock:
@@ -47,10 +52,39 @@ def trainer_python() -> str:
         done = subprocess.run(command, cwd=ROOT, env=bare(), capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = done.stderr.strip().splitlines()[-1]
-            give_up = pytest.skip if reason.startswith("install: installing ") else pytest.fail
+            log = (ROOT / f"{VENV.name}.log").read_text()
+            give_up = pytest.skip if offline(reason, log) else pytest.fail
             give_up(f"the trainer's environment cannot be made here: {reason}")
         marker.write_text(made_from)
     return python
+
+
+def offline(reason: str, log: str) -> bool:
+    """Whether pip failed for want of an index, and not because of what was asked for.
+
+    reason: install.py's last line. log: all that pip printed; of a package that no index has it names no version.
+    """
+    if "No matching distribution found" in reason:
+        return re.findall(r"\(from versions: (.*)\)", log)[-1:] == ["none"]
+    return reason.startswith("install: installing ") and bool(NETWORK.search(reason))
+
+
+ASKED = "install: installing the engine and the project; this takes minutes failed: "
+
+
+@pytest.mark.parametrize(
+    ("reason", "log", "expected"),
+    [
+        ("ERROR: No matching distribution found for peft<1", "WARNING: Retrying\n(from versions: none)", True),
+        ("ERROR: Could not install packages due to an OSError: HTTPSConnectionPool: Max retries exceeded", "", True),
+        ("pip._vendor.urllib3.exceptions.ReadTimeoutError: Read timed out.", "", True),
+        ("ERROR: ResolutionImpossible: for help visit https://pip", "(from versions: none)", False),
+        ("ERROR: No matching distribution found for torch==9.9", "(from versions: none)\n(from versions: 2.1)", False),
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "", False),
+    ],
+)
+def test_a_broken_constraint_is_no_missing_network(reason, log, expected):
+    assert offline(ASKED + reason, log) is expected
 
 
 def bare() -> dict[str, str]:

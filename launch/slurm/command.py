@@ -65,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--sampler-nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
     flags.add_argument("--samplers", type=int, default=2, metavar="N", help="array: jobs in it (default: 2)")
     flags.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="default: 0, no GPU is asked for")
-    flags.add_argument("--cpus-per-node", type=int, default=0, metavar="N", help="default: whole nodes, --exclusive")
+    flags.add_argument(
+        "--cpus-per-node", type=int, default=0, metavar="N",
+        help="default: whole nodes, --exclusive; array: a sampler of fewer GPUs than a node has gets its part",
+    )  # fmt: skip
     flags.add_argument("--time", default="", help="limit of a job, as in 24:00:00 (default: the partition's)")
     flags.add_argument("--partition", default="", help="of Slurm (default: the cluster's)")
     flags.add_argument("--sampler-partition", default="", metavar="NAME", help="array: of samplers (default: the same)")
