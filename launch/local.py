@@ -1,5 +1,6 @@
 """One machine: starts the trainer and the sampler of a recipe, shows progress, ends both, says what came of it."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 from launch.curve import draw_curve
 from launch.progress import Progress, duration
 from protocol.errors import CrashLoop, RunError
-from protocol.failure import failure
+from protocol.failure import NAME, failure
 from protocol.process import end, on_stop_signal, start, visible_gpus
 from protocol.recipe import Recipe
 from protocol.resolve import load
+from protocol.restarts import Restarts
 from protocol.rundir import RunDir, resolve_recipe
 from protocol.snapshot import listed
 
@@ -24,7 +26,6 @@ RESTART = {71, 73}
 """Exit codes of expected failures after which a worker is started again, as after a crash."""
 FINAL = {2, 3, 66, 69, 70, 72, 74, 75, 76, 77}
 """Exit codes after which a new start would fail again."""
-MAX_RESTARTS, WINDOW_S = 5, 600.0
 
 
 class Ended(RunError):
@@ -47,7 +48,7 @@ class Worker:
     process: subprocess.Popen | None = None
     offset: int = 0
     """Where in the log its present process began."""
-    restarts: list[float] = field(default_factory=list)
+    restarts: Restarts = field(default_factory=Restarts)
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -70,9 +71,8 @@ class Worker:
         code, last = told or (code, last_words(self.log, self.offset))
         if code in FINAL or (not told and code not in RESTART and last.startswith("error: ")):
             raise Ended(f"the {self.name} ended: {last.removeprefix('error: ')}; see {self.log}", code)
-        now = time.monotonic()
-        self.restarts = [then for then in self.restarts if now - then < WINDOW_S] + [now]
-        if len(self.restarts) > MAX_RESTARTS:
+        self.restarts.add()
+        if self.restarts.too_many:
             raise CrashLoop(f"the {self.name} crashed {len(self.restarts)} times: {last}; see {self.log}")
         print(f"\nthe {self.name} ended with {code} and is started again ({len(self.restarts)})", flush=True)
         self.start()
@@ -86,6 +86,7 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
         run = unused(run or Path("runs") / load(file, overrides).name)
     rundir, recipe = resolve_recipe(run, file, overrides)
     rundir.make()
+    put_failures_aside(rundir)
     print(f"run directory {rundir.path}; logs in {rundir.logs}", flush=True)
     prepare(recipe)
     gpus = share_gpus(recipe.sampler.gpus, recipe.trainer.gpus, visible_gpus())
@@ -123,6 +124,12 @@ def run_local(file: Path, run: Path | None, overrides: list[str], fresh: bool) -
         return 130
     progress.show(final=True)
     return conclude(rundir, recipe, progress, time.monotonic() - began)
+
+
+def put_failures_aside(rundir: RunDir) -> None:
+    """Both workers start anew: what processes said before, on this machine or another, decides nothing any more."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(rundir.path / NAME, rundir.logs / f"failed-{time.time_ns()}.md")
 
 
 def conclude(rundir: RunDir, recipe: Recipe, progress: Progress, seconds: float) -> int:

@@ -1,7 +1,7 @@
 """Which kernels compute a model: FlashAttention and Liger's where they are and work, torch's own everywhere else.
 
-Each is looked at on this machine: `varlen` attention must come to what `sdpa` comes to, forward and backward, on a
-few made-up tokens, before a model is computed with it.
+FlashAttention is looked at on this machine: `varlen` attention must come to what `sdpa` comes to, forward and
+backward, on a few made-up tokens, before a model is computed with it. Liger's kernels are taken as they are.
 """
 
 import importlib.util
@@ -24,11 +24,21 @@ LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False,
 """The output layer and the loss stay our own, in float32 and in chunks."""
 
 
+def refuse_kernels(trainer: TrainerTable, dtype: torch.dtype, device: Device) -> None:
+    """What can be known before a model is loaded. dtype: of its weights; device: where it will be. Raises UserError."""
+    if trainer.liger == "on" and not _has_liger():
+        raise UserError("trainer.liger = 'on' needs liger-kernel; pip install liger-kernel, or use 'auto'")
+    problem = dtype_problem(dtype, torch.device(device))
+    if trainer.attention == "varlen" and problem:
+        raise _no_varlen(problem)
+
+
 def equip(model: PreTrainedModel, trainer: TrainerTable, device: Device) -> tuple[str, str]:
     """Puts Liger's kernels into the model, in place. -> its attention (`sdpa` or `varlen`), and all that in words.
 
     device: where the model will be, whatever it is on now. Raises UserError where what the recipe wants cannot be had.
     """
+    refuse_kernels(trainer, model.dtype, device)
     attention, reason = choose_attention(trainer.attention, model, device)
     return attention, f"attention {attention} ({reason}), liger {fuse(trainer.liger, model, device)}"
 
@@ -39,7 +49,7 @@ def choose_attention(wanted: str, model: PreTrainedModel, device: Device) -> tup
         return "sdpa", "as trainer.attention says"
     problem = varlen_problem(model, torch.device(device))
     if wanted == "varlen" and problem:
-        raise UserError(f"trainer.attention = 'varlen' does not work here: {problem}; use 'auto' or 'sdpa'")
+        raise _no_varlen(problem)
     if wanted == "auto" and torch.device(device).type == "cpu":
         return "sdpa", "no GPU"
     return ("sdpa", problem) if problem else ("varlen", "FlashAttention gives what sdpa gives")
@@ -51,13 +61,26 @@ def varlen_problem(model: PreTrainedModel, device: torch.device) -> str | None:
         return "the model has dropout in its attention"
     if device.type == "cpu":
         return None
-    if model.dtype != torch.bfloat16:
-        return f"FlashAttention takes bfloat16, and the model is {str(model.dtype).removeprefix('torch.')}"
+    if problem := dtype_problem(model.dtype, device):
+        return problem
     try:
         gap = kernel_gap(model.config, device, model.dtype)
+    except torch.OutOfMemoryError:  # says nothing about FlashAttention
+        raise
     except (RuntimeError, NotImplementedError) as error:
         return f"FlashAttention fails on this GPU: {str(error).splitlines()[0]}"
     return None if gap < TOLERANCE else f"FlashAttention and sdpa differ by {gap:.2g} on this GPU"
+
+
+def dtype_problem(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why FlashAttention cannot compute with this dtype; None where it can, and without a GPU, which has none."""
+    if device.type == "cpu" or dtype == torch.bfloat16:
+        return None
+    return f"FlashAttention takes bfloat16, and the model is {str(dtype).removeprefix('torch.')}"
+
+
+def _no_varlen(problem: str) -> UserError:
+    return UserError(f"trainer.attention = 'varlen' does not work here: {problem}; use 'auto' or 'sdpa'")
 
 
 def kernel_gap(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> float:
@@ -90,17 +113,18 @@ def _relative(one: Tensor, other: Tensor) -> float:
 def fuse(wanted: str, model: PreTrainedModel, device: Device) -> str:
     """Puts Liger's norms, rotary embedding and feed-forward into a model, in place. -> what came of it, in words.
 
-    wanted: `trainer.liger`. Raises UserError for `on` without the package. The rotary embedding is replaced for all
-    models of this kind in the process.
+    wanted: `trainer.liger`. The rotary embedding is replaced for all models of this kind in the process.
     """
     if wanted == "off":
         return "off, as trainer.liger says"
     if wanted == "auto" and torch.device(device).type == "cpu":
         return "off: no GPU"
-    if importlib.util.find_spec("liger_kernel") is None:
-        if wanted == "on":
-            raise UserError("trainer.liger = 'on' needs liger-kernel; pip install liger-kernel, or use 'auto'")
+    if not _has_liger():
         return "off: liger-kernel is not installed"
     apply_liger_kernel(model, LIGER)
     known = any("forward" in vars(module) for module in model.modules())
     return "on" if known else f"off: it does not know {model.config.model_type} models"
+
+
+def _has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None

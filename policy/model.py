@@ -91,7 +91,10 @@ def load_model(directory: Path, dtype: str, exact: bool = False, quantize: str =
     """
     config = AutoConfig.from_pretrained(directory)
     strange = [name for name in UNSUPPORTED if getattr(config, name, None) not in (None, 1, 1.0)]
-    strange += {*(getattr(config, "layer_types", None) or [])} - {"full_attention"}
+    layers = {*(getattr(config, "layer_types", None) or [])}
+    strange += layers - {"full_attention"}
+    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    strange += ["sliding_window"] if windowed and not layers else []
     if strange:
         raise UserError(f"{directory}: models with {', '.join(strange)} are not supported")
     try:

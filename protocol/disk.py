@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         try:
             os.replace(aside, path)
         except OSError:
-            if not _holds(path, data):  # else only the reply was lost
+            if not holds(path, data):  # else only the reply was lost
                 raise
         sync_directory(path.parent)
     except OSError as error:
@@ -72,10 +73,20 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    """Whether the file has these bytes at the server."""
+def read_file(path: Path) -> bytes:
+    """The whole file. NONBLOCK: a pipe in its place would be waited for; it is refused like all that is no file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether the file has these bytes at the server: the listing makes a network filesystem forget what it knew."""
     try:
         os.listdir(path.parent)
-        return path.read_bytes() == data
+        return read_file(path) == data
     except OSError:
         return False

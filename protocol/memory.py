@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+GIB = 2**30
+
 
 def peak_gb() -> float:
     """The most that this process has had in memory, in GiB."""
@@ -27,7 +29,7 @@ def device_gb(gpus: Sequence[str]) -> float:
         told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return 0.0
-    return max(map(int, re.findall(r"^(\d+)$", told, re.MULTILINE)), default=0) / 2**10
+    return max(map(int, re.findall(r"^(\d+)$", told, re.MULTILINE)), default=0) * 2**20 / GIB
 
 
 def _tree(root: int) -> list[int]:
@@ -48,4 +50,4 @@ def _field(path: Path, name: str) -> float:
         found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
     except OSError:
         return 0.0
-    return int(found[1]) / 2**20 if found else 0.0
+    return int(found[1]) * 2**10 / GIB if found else 0.0

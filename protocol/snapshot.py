@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Literal, Self
 import msgspec
 from msgspec import Struct
 
-from protocol.disk import is_listed, names_in, sync_directory, write_new
+from protocol.disk import holds, is_listed, names_in, read_file, sync_directory, write_new
 from protocol.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ def seal(aside: Path, final: Path, manifest: Manifest, key: bytes | None = None)
         os.rename(aside, final)
     except OSError:
         names_in(final.parent)
-        if not _holds(final / "manifest.json", data):
+        if not holds(final / "manifest.json", data):
             raise
     sync_directory(final.parent)
     return hashlib.sha256(data).hexdigest()
@@ -244,13 +243,6 @@ def _is(data: bytes, expected: File) -> bool:
     return len(data) == expected.size and hashlib.sha256(data).hexdigest() == expected.sha256
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    try:
-        return _read(path) == data
-    except OSError:
-        return False
-
-
 def _patiently(
     path: Path, good: Callable[[bytes], bool], patience_s: float = 0.0, wanted: Callable[[], bool] = lambda: True
 ) -> bytes:
@@ -258,7 +250,7 @@ def _patiently(
     deadline, pause, read = time.monotonic() + patience_s, 0.1, 0
     while True:
         try:
-            data = _read(path)
+            data = read_file(path)
             if good(data):
                 return data
             reason, read = "its bytes are not the sealed ones", read + 1
@@ -270,13 +262,3 @@ def _patiently(
             raise Corrupt(f"{path}: {reason}")
         time.sleep(pause)
         pause = min(2 * pause, 5.0)
-
-
-def _read(path: Path) -> bytes:
-    """The whole file. NONBLOCK: a pipe in its place would be waited for; it is refused like all that is no file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "no regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read()

@@ -30,7 +30,7 @@ from protocol.resolve import load
 from protocol.rundir import RunDir, resolve_recipe
 from sampler.candidate import find
 from sampler.scores import table, versus
-from sampler.supervisor import ALONE, REPLICA, begin_alone, environments, watch
+from sampler.supervisor import ALONE, REPLICA, begin_alone, engine_name, environments, watch
 
 
 def main() -> int:
@@ -49,20 +49,21 @@ def main() -> int:
         raise UserError(f"--{unused[0]} belongs to --eval MODEL; settings of a run are changed with --set")
     rundir, recipe = resolve_recipe(options.run, options.recipe, overrides, keep=False)
     if REPLICA in os.environ:
-        with explained(rundir.path, f"sampler engine {os.environ[REPLICA]}"):
+        with explained(rundir.path, engine_name(int(os.environ[REPLICA]))):
             from sampler.replica import run  # torch and vllm, only now
 
             return run(rundir, recipe, int(os.environ[REPLICA]))
     if rundir.is_complete(recipe.trainer.steps):
         print(f"sampler: {rundir.path} is complete, nothing to sample", flush=True)
         return 0
-    put_aside(rundir.path, "sampler")
     return supervise(rundir, recipe)
 
 
 def supervise(rundir: RunDir, recipe: Recipe) -> int:
     """Runs one process for each engine until all have ended. -> exit code."""
     own = environments(recipe, recipe.sampler.gpus // recipe.sampler.tensor_parallel)
+    for index in range(len(own)):
+        put_aside(rundir.path, engine_name(index))
     gpus = ",".join(filter(None, (one["CUDA_VISIBLE_DEVICES"] for one in own)))
     print(f"sampler: {len(own)} engines ({'GPUs ' + gpus if gpus else 'CPU processes'})", flush=True)
     log_to_console("sampler")

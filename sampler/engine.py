@@ -12,13 +12,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from vllm import SamplingParams
+from vllm.config.logging import LoggingConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.logger import DEFAULT_LOGGING_CONFIG
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
@@ -33,6 +35,7 @@ from protocol.recipe import Recipe
 from protocol.snapshot import Corrupt, Sealed
 from sampler.arguments import engine_arguments
 from sampler.sampling import end_tokens, settings
+from sampler.shortage import shortage_explained
 from sampler.weights import Apply, Weights
 from sampler.worker import SAMPLER_PID
 
@@ -71,11 +74,15 @@ class Engine:
         self._adapter: LoRARequest | None = None
 
     async def __aenter__(self) -> Self:
+        """Raises OutOfMemory."""
         os.environ[SAMPLER_PID] = str(os.getpid())
-        arguments = AsyncEngineArgs(**engine_arguments(self._recipe, self._directory, self._gpu, self._seed))
-        self._llm = await asyncio.to_thread(
-            AsyncLLM.from_engine_args, arguments, stat_loggers=[lambda config, index=0: _TokenCounter(self)]
-        )
+        arguments = engine_arguments(self._recipe, self._directory, self._gpu, self._seed)
+        with shortage_explained(self._recipe, self._gpu, DEFAULT_LOGGING_CONFIG) as file:
+            self._llm = await asyncio.to_thread(
+                AsyncLLM.from_engine_args,
+                AsyncEngineArgs(**arguments, logging_config=_logging(file)),
+                stat_loggers=[lambda config, index=0: _TokenCounter(self)],
+            )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -182,6 +189,13 @@ class _TokenCounter(StatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         return
+
+
+def _logging(file: Path) -> LoggingConfig:
+    """By this file, where the user's environment does not say how."""
+    usual = LoggingConfig()
+    asked = usual.pylogging_config_file or not usual.configure_logging
+    return usual if asked else replace(usual, pylogging_config_file=str(file))
 
 
 def sampling_parameters(settings: dict, ends: list[int]) -> SamplingParams:

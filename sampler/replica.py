@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from policy.agreement import agree
-from policy.model import load_tokenizer, locate
+from policy.kernels import refuse_kernels
+from policy.model import DTYPES, load_tokenizer, locate
 from protocol.cli import log_to_console
 from protocol.errors import EngineDead, RunError
 from protocol.keys import Keys, open_keys
@@ -80,6 +81,11 @@ async def serve(
 ) -> None:
     """Everything that needs the event loop: the reward processes first, because a wrong one is the user's to mend."""
     gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    needs_reference = recipe.objective.kl_beta > 0 and not recipe.lora.rank
+    if needs_reference:
+        refuse_kernels(recipe.trainer, DTYPES[recipe.model.dtype], device)
+    software = await asyncio.to_thread(versions)
     async with contextlib.AsyncExitStack() as stack:
         memory = int(recipe.sampler.reward_memory_gb * 2**30)
         rewards = await stack.enter_async_context(RewardPool(recipe.reward, recipe.sampler.reward_workers, memory))
@@ -100,19 +106,18 @@ async def serve(
             free = max(2 * recipe.sampler.max_running, *size.values()) - sum(size[kind] for kind, _ in held)
             return Load(engine.weights.snapshot, max(0, free), engine.tokens)
 
-        session = Session(secrets.token_hex(8), recipe.network, agreement, sets, load, versions())
+        session = Session(secrets.token_hex(8), recipe.network, agreement, sets, load, software)
         trainer = Link(rundir, keys, recipe, session)
         for number in STOP_SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, trainer.stop)
         await stack.enter_async_context(engine)
         for number in STOP_SIGNALS:  # vLLM installs its own while it starts
             asyncio.get_running_loop().add_signal_handler(number, trainer.stop)
-        needs_reference = recipe.objective.kl_beta > 0 and not recipe.lora.rank
-        reference = Reference(recipe, directory, "cuda" if gpu else "cpu") if needs_reference else None
+        reference = Reference(recipe, directory, device) if needs_reference else None
         rollouts = stack.enter_context(MetricsWriter(rundir.rollouts / f"{session.name}.jsonl"))
         answerer = Answerer(recipe, session.name, agreement.vocabulary, prompts, engine, rewards, reference, rollouts)
         metrics = stack.enter_context(MetricsWriter(rundir.metrics / f"sampler-{session.name}.jsonl"))
-        metrics.write({"kind": "start", "versions": versions()})
+        metrics.write({"kind": "start", "versions": software})
         reporting = asyncio.create_task(report(metrics, rollouts, engine, rewards, answerer))
         try:
             await sample(trainer, engine.weights, answerer)
@@ -143,7 +148,7 @@ class Heartbeat:
 async def report(
     metrics: MetricsWriter, rollouts: MetricsWriter, engine: Engine, rewards: RewardPool, answerer: Answerer
 ) -> None:
-    gpus = visible_gpus()
+    gpus = await asyncio.to_thread(visible_gpus)
     while True:
         await asyncio.sleep(REPORT_S)
         used = await asyncio.to_thread(device_gb, gpus)

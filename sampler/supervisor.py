@@ -1,12 +1,14 @@
 """The processes that engines run in: each on GPUs of its own, watched, started again beside others that go on."""
 
+import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from protocol.errors import CrashLoop, RunError, UserError
 from protocol.failure import died, put_aside, write_failure
 from protocol.process import end, on_stop_signal, start, visible_gpus
 from protocol.recipe import Recipe
+from protocol.restarts import WINDOW_S, Restarts
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +24,14 @@ REPLICA = "VESPER_REPLICA"
 ALONE = "VESPER_ALONE"
 """Environment: this process is the engine itself, not the parent that watches it."""
 GRACE_S = 15.0
-FINAL = {2, 3, 66, 72}
-"""Exit codes that every engine of this sampler would end with: none is started again."""
-MAX_RESTARTS, WINDOW_S = 5, 600.0
-"""Of one engine. A GPU that fails again and again is for whoever placed the sampler there."""
+POLL_S = 0.2
+COMMON = {2, 3, 66, 72, 77}
+"""Exit codes for what all engines of this sampler have in common: none is started again."""
+
+
+def engine_name(index: int) -> str:
+    """In FAILED.md, where the engines of all samplers of a run meet."""
+    return f"sampler engine {index} on {socket.gethostname()}"
 
 
 @dataclass(slots=True)
@@ -36,26 +43,37 @@ class EngineProcess:
     environment: Mapping[str, str]
     run: Path
     process: subprocess.Popen = field(init=False)
-    restarts: list[float] = field(default_factory=list)
+    restarts: Restarts = field(default_factory=Restarts)
 
     def __post_init__(self) -> None:
         self.start()
 
     @property
     def name(self) -> str:
-        return f"sampler engine {self.index}"
+        return engine_name(self.index)
 
     def start(self) -> None:
         environment = {REPLICA: str(self.index)} | dict(self.environment)
         self.process = start(self.command, environment=environment)
 
-    def start_again(self, code: int) -> None:
+    def failed(self, stopped: bool) -> bool:
+        """Since it was last polled. One that a stop signal ended while it still loaded has ended well."""
+        code = self.process.returncode
+        return bool(code) and not (stopped and code < 0)
+
+    def explain(self) -> None:
+        """Writes into FAILED.md what one that was killed could not say itself."""
+        code = self.process.returncode
+        if code < 0:
+            write_failure(self.run, self.name, 128 - code, died(code))
+
+    def start_again(self) -> None:
         """Raises CrashLoop after too many times. What it said in FAILED.md moves to logs/: the run goes on."""
-        now = time.monotonic()
-        self.restarts = [then for then in self.restarts if now - then < WINDOW_S] + [now]
+        code = self.process.returncode
+        self.restarts.add()
         end(self.process, 0.0)  # nothing of the old one may be left beside the new one
         put_aside(self.run, self.name)
-        if len(self.restarts) > MAX_RESTARTS:
+        if self.restarts.too_many:
             minutes = WINDOW_S / 60
             what = f"{self.name} crashed {len(self.restarts)} times in {minutes:.0f} minutes; logs/failed-*.md say why"
             write_failure(self.run, self.name, CrashLoop.exit_code, what)
@@ -64,45 +82,48 @@ class EngineProcess:
         self.start()
 
 
-def watch(command: Sequence[str], environments: Sequence[Mapping[str, str]], run: Path) -> int:
-    """One process for each environment, until all have ended or one has for good: its exit code. Raises CrashLoop."""
-    engines: list[EngineProcess] = []
+@contextlib.contextmanager
+def stoppable(processes: Callable[[], Iterable[subprocess.Popen]]) -> Iterator[list[bool]]:
+    """A stop signal reaches those that run; afterwards nothing that they started stays. -> no longer empty once
+    stopped."""
     stopped: list[bool] = []
 
     def stop() -> None:
         stopped.append(True)
-        for engine in engines:
-            if engine.process.poll() is None:
-                engine.process.send_signal(signal.SIGTERM)
+        for process in processes():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
 
     on_stop_signal(stop)
     try:
-        for index, environment in enumerate(environments):
-            engines.append(EngineProcess(index, command, environment, run))
-        while (code := look(engines, bool(stopped))) is None:
-            time.sleep(0.2)
-        return code
+        yield stopped
     finally:
-        for engine in engines:
-            end(engine.process, GRACE_S)
+        for process in processes():
+            end(process, GRACE_S)
 
 
-def look(engines: Sequence[EngineProcess], stopped: bool) -> int | None:
-    """None while there is something to wait for, else the exit code. One stopped while it still loads ends well, too.
+def watch(command: Sequence[str], environments: Sequence[Mapping[str, str]], run: Path) -> int:
+    """One process for each environment, until all have ended or one has for good: its exit code. Raises CrashLoop.
 
     An engine alone is not started again here: its end is the sampler's, and whoever started that one decides.
     """
-    codes = [engine.process.poll() for engine in engines]
-    for engine, code in zip(engines, codes, strict=True):
-        if not code or (stopped and code < 0):
-            continue
-        if code < 0:  # it could not say so itself
-            write_failure(engine.run, engine.name, 128 - code, died(code))
-        if stopped or code in FINAL or len(engines) == 1:
-            return code if code > 0 else 128 - code
-        engine.start_again(code)
-        return None
-    return None if None in codes else 0
+    engines: list[EngineProcess] = []
+    with stoppable(lambda: [engine.process for engine in engines]) as stopped:
+        for index, environment in enumerate(environments):
+            engines.append(EngineProcess(index, command, environment, run))
+        while True:
+            codes = [engine.process.poll() for engine in engines]
+            failed = [engine for engine in engines if engine.failed(bool(stopped))]
+            for engine in failed:
+                engine.explain()
+                code = engine.process.returncode
+                if stopped or code in COMMON or len(engines) == 1:
+                    return code if code > 0 else 128 - code
+            for engine in failed:
+                engine.start_again()
+            if not failed and None not in codes:
+                return 0
+            time.sleep(POLL_S)
 
 
 def begin_alone(recipe: Recipe) -> int:
@@ -113,18 +134,9 @@ def begin_alone(recipe: Recipe) -> int:
 
 def follow(child: subprocess.Popen) -> int:
     """Until the child has ended, or was stopped; nothing that it started stays."""
-    stopped: list[bool] = []
-
-    def stop() -> None:
-        stopped.append(True)
-        child.send_signal(signal.SIGTERM)
-
-    on_stop_signal(stop)
-    try:
+    with stoppable(lambda: [child]) as stopped:
         while (code := child.poll()) is None:
-            time.sleep(0.2)
-    finally:
-        end(child, GRACE_S)
+            time.sleep(POLL_S)
     if code < 0 and not stopped:  # it could not say so itself
         raise RunError(f"the engine's process {died(code)}")
     return 130 if stopped else code

@@ -1,24 +1,29 @@
 """Whatever computes attention and norms, log-probs and gradients are the same; and what does not work is not used."""
 
+import copy
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, Phi3Config
 
 from policy import attention, kernels
 from policy.attention import Segments, varlen
 from policy.kernels import choose_attention, equip, fuse, kernel_gap
 from policy.logprobs import Packed, TokenLogprobs, pack
+from policy.model import load_model
 from protocol.errors import UserError
 from protocol.recipe import TrainerTable
+from protocol.resolve import load
 from tests.test_policy import run
 from tests.tiny import make_model
+from trainer.engine import Policy
 
 CPU = torch.device("cpu")
 ROW = [(4, [3, 1, 7]), (1, [1]), (9, [2, 2, 20, 5])]
@@ -107,6 +112,61 @@ def test_what_the_recipe_wants_is_what_it_gets_or_a_reason(model):
     assert equip(model, TrainerTable(), CPU) == ("sdpa", "attention sdpa (no GPU), liger off: no GPU")
 
 
+def test_what_a_machine_cannot_have_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    """There is no model in the directory."""
+    ranks = SimpleNamespace(device=torch.device("cuda"))
+    asked = ["model.dtype=float32", "trainer.attention=varlen"]
+    with pytest.raises(UserError, match=r"'varlen' does not work here: FlashAttention takes bfloat16, .* is float32"):
+        Policy(load(None, asked), tmp_path, ranks)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # as if it were not installed
+    with pytest.raises(UserError, match="pip install liger-kernel"):
+        Policy(load(None, ["trainer.liger=on"]), tmp_path, ranks)
+
+
+def test_a_gpu_without_memory_says_so_and_is_not_computed_without_flash_attention(model, monkeypatch):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    monkeypatch.setattr(kernels, "kernel_gap", raising(RuntimeError("no kernel image")))
+    assert choose_attention("auto", half, "cuda") == ("sdpa", "FlashAttention fails on this GPU: no kernel image")
+    monkeypatch.setattr(kernels, "kernel_gap", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_attention("auto", half, "cuda")
+
+
+def raising(error: Exception):
+    def kernel_gap(*_: object) -> float:
+        raise error
+
+    return kernel_gap
+
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
+    "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [MistralConfig, Phi3Config])
+def test_a_model_that_sees_a_window_only_is_refused(tmp_path, config):
+    """Its configuration names no kinds of layers: all have the window."""
+    config(**SMALL, sliding_window=64).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="models with sliding_window are not supported"):
+        load_model(tmp_path, "float32")
+    whole = config(**SMALL, sliding_window=None)
+    AutoModelForCausalLM.from_config(whole).save_pretrained(tmp_path)
+    assert load_model(tmp_path, "float32")
+
+
+def test_a_window_that_is_switched_off_is_none(tmp_path):
+    file = make_model(tmp_path) / "config.json"
+    config = json.loads(file.read_text())
+    del config["layer_types"]  # as in older files
+    file.write_text(json.dumps(config | {"sliding_window": 64, "use_sliding_window": False}))
+    assert load_model(tmp_path, "float32")
+    file.write_text(json.dumps(config | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}))
+    with pytest.raises(UserError, match="sliding_attention"):
+        load_model(tmp_path, "float32")
+
+
 def test_a_model_with_dropout_or_caps_in_its_attention_is_not_computed_wrongly(model, monkeypatch):
     monkeypatch.setattr(model.config, "attention_dropout", 0.1)
     with pytest.raises(UserError, match="dropout"):
@@ -174,9 +234,8 @@ def test_liger_is_left_out_where_it_cannot_work(model, monkeypatch):
     monkeypatch.setattr(model.config, "model_type", "strange")
     if importlib.util.find_spec("liger_kernel"):
         assert fuse("on", model, CPU) == "off: it does not know strange models"
-    else:
-        with pytest.raises(UserError, match="pip install liger-kernel"):
-            fuse("on", model, CPU)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert fuse("auto", model, "cuda") == "off: liger-kernel is not installed"
 
 
 @pytest.mark.slow

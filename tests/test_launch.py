@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.local import MAX_RESTARTS, Worker, last_words, share_gpus, unused
+from launch.local import Worker, last_words, put_failures_aside, share_gpus, unused
 from launch.progress import Progress, duration
 from protocol.errors import CrashLoop, RunError, UserError
 from protocol.failure import write_failure
@@ -17,6 +17,7 @@ from protocol.intervals import wilson
 from protocol.metrics import MetricsWriter
 from protocol.process import end, start
 from protocol.resolve import load
+from protocol.restarts import MAX_RESTARTS
 from protocol.rundir import RunDir
 from tests.diseases import unpack
 from trainer.__main__ import placement
@@ -84,6 +85,19 @@ def test_what_the_process_wrote_decides_and_not_the_code_that_a_launcher_lost(tm
             until_it_ends(one)
         assert caught.value.exit_code == code
     end(one.process, 0.0)
+
+
+def test_what_another_machine_said_before_does_not_decide_about_a_new_start(tmp_path):
+    rundir = RunDir(tmp_path)
+    rundir.make()
+    put_failures_aside(rundir)  # there are none
+    write_failure(tmp_path, "sampler engine 0 on another", 77, "too little memory there")
+    put_failures_aside(rundir)
+    one = worker(tmp_path, "import sys; sys.exit(71)")
+    assert until_it_ends(one) is False and len(one.restarts) == 1
+    end(one.process, 0.0)
+    [kept] = rundir.logs.glob("failed-*.md")
+    assert "too little memory there" in kept.read_text()
 
 
 def test_the_last_words_are_the_ones_that_say_most(tmp_path):

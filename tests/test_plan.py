@@ -18,7 +18,6 @@ from transformers import Qwen2Config
 from launch.plan import machine
 from launch.plan.command import Plan, look_at_exchange, main
 from launch.plan.lengths import lengths, refusals
-from launch.plan.machine import GIB
 from launch.plan.need import activations, of_engine, of_host, of_rank
 from launch.plan.placement import place
 from launch.plan.proposal import nearest
@@ -28,6 +27,7 @@ from launch.plan.surroundings import filesystem, free_bytes, unbindable, unwrita
 from policy.logprobs import pack
 from policy.model import add_adapter, load_model
 from protocol.errors import UserError
+from protocol.memory import GIB
 from protocol.resolve import load
 from tests.tiny import make_model
 

@@ -6,8 +6,9 @@ import pytest
 
 from doctor.history import History
 from launch.local import run_local
-from launch.plan.need import GIB, of_engine, of_rank
+from launch.plan.need import of_engine, of_rank
 from launch.plan.shape import described, shape_of
+from protocol.memory import GIB
 
 pytestmark = pytest.mark.slow
 

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -11,11 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from protocol.errors import CrashLoop, EngineDead, UserError
+from protocol.errors import CrashLoop, EngineDead, OutOfMemory, UserError
 from protocol.failure import failure, write_failure
+from protocol.process import end, members, start
 from protocol.resolve import load
+from protocol.restarts import MAX_RESTARTS
+from protocol.rundir import RunDir
 from protocol.snapshot import snapshot_id
-from sampler.supervisor import MAX_RESTARTS, REPLICA, cpu_environment, environments, watch
+from sampler import replica, shortage
+from sampler.__main__ import supervise
+from sampler.supervisor import REPLICA, cpu_environment, engine_name, environments, watch
 
 UUIDS = ["GPU-8f1c6a1e-1a2b", "GPU-77aa0001-9c1d", "GPU-0b3d55aa-7e10", "GPU-c0ffee00-3333"]
 
@@ -108,13 +115,13 @@ def test_an_engine_that_dies_beside_others_is_started_again_and_they_go_on(place
 
 @pytest.mark.fault("B4")
 def test_an_engine_that_dies_again_and_again_ends_all(place):
-    with pytest.raises(CrashLoop, match=r"engine 1 crashed 6 times"):
+    with pytest.raises(CrashLoop, match=r"engine 1 on .* crashed 6 times"):
         watch(script("if me == '1': sys.exit(71)\ntime.sleep(99)"), [{}] * 2, place)
     assert starts(place, 1) == MAX_RESTARTS + 1 and starts(place, 0) == 1
     assert failure(place, "sampler")[0] == 70
 
 
-@pytest.mark.parametrize("code", [2, 3, 66, 72])
+@pytest.mark.parametrize("code", [2, 3, 66, 72, 77])
 def test_what_every_engine_would_end_with_ends_all_at_once(place, code):
     assert watch(script(f"if me == '1': sys.exit({code})\ntime.sleep(99)"), [{}] * 2, place) == code
     assert starts(place, 1) == 1
@@ -124,13 +131,37 @@ def test_the_end_of_a_single_engine_is_the_samplers(place):
     """Whoever started the sampler (the launcher, Slurm) starts it again."""
     assert watch(script("sys.exit(71)"), [{}], place) == 71
     assert watch(script("os.kill(os.getpid(), 9)"), [{}], place) == 128 + 9
-    assert "sampler engine 0 failed first" in (place / "FAILED.md").read_text()
+    assert (place / "FAILED.md").read_text().startswith(f"# sampler engine 0 on {socket.gethostname()} failed first")
 
 
 def test_a_failure_of_the_trainer_stays_the_first(place):
     write_failure(place, "trainer rank 0", 73, "the disk is full")
     assert watch(script("if me == '1' and not before: sys.exit(71)"), [{}] * 2, place) == 0
     assert (place / "FAILED.md").read_text().startswith("# trainer rank 0 failed first")
+
+
+def test_another_machines_sampler_keeps_its_reason(place, monkeypatch):
+    """Its engines have the same numbers."""
+    write_failure(place, "sampler engine 1 on another", 71, "vLLM died there")
+    assert watch(script("if me == '1' and not before: sys.exit(71)"), [{}] * 2, place) == 0
+    assert (place / "FAILED.md").read_text().startswith("# sampler engine 1 on another failed first")
+    (place / "FAILED.md").unlink()
+    write_failure(place, engine_name(0), 71, "vLLM died here")
+    monkeypatch.setattr("sampler.__main__.watch", lambda *_: 0)
+    assert supervise(RunDir(place), load(None, ["sampler.gpus=1"])) == 0
+    [kept] = (place / "logs").iterdir()
+    assert "vLLM died here" in kept.read_text() and not (place / "FAILED.md").exists()
+
+
+def test_nothing_of_an_engine_is_left_when_the_next_one_starts(place):
+    """A worker with much memory takes the kernel longer than the leader, which is all that a wait sees."""
+    body = "\nif os.fork() == 0:\n    kept = b'x' * 2**29\n    pathlib.Path('up').touch()\n    time.sleep(99)\n"
+    engine = start(script(body + "time.sleep(99)"), environment={REPLICA: "0"})
+    while not (place / "up").exists():
+        time.sleep(0.01)
+    assert len(members(engine.pid)) == 2
+    end(engine, 0.0)
+    assert not members(engine.pid)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -147,6 +178,99 @@ def stop_when_up(place: Path, count: int, number: int) -> None:
     while len(list(place.glob("*.up"))) < count:
         time.sleep(0.01)
     os.kill(os.getpid(), number)
+
+
+def test_asking_for_gpus_does_not_stop_the_event_loop(monkeypatch):
+    """nvidia-smi may take its time; the trainer waits for a sign of life meanwhile."""
+    asked = threading.Event()
+
+    def slow() -> list[str]:
+        asked.wait(10)
+        return []
+
+    monkeypatch.setattr(replica, "visible_gpus", slow)
+
+    async def both() -> None:
+        reporting = asyncio.create_task(replica.report(None, None, None, None, None))
+        await asyncio.sleep(0.1)
+        asked.set()
+        reporting.cancel()
+
+    began = time.monotonic()
+    asyncio.run(both())
+    assert time.monotonic() - began < 5
+
+
+# -- out of memory ---------------------------------------------------------------------------------------------------
+
+ROOM = "To serve at least one request with the model's max seq len (1024), (0.06 GiB KV cache is needed, which is \
+larger than the available KV cache memory (0.0 GiB). Based on the available memory, the estimated maximum model \
+length is 160. Try increasing `gpu_memory_utilization`"
+FREE = "Free memory on device cuda:0 (10.10/79.10 GiB) on startup is less than desired GPU memory utilization (0.9, \
+71.19 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
+CUDA = "CUDA out of memory. Tried to allocate 2.32 GiB. GPU 0 has a total capacity of 31.73 GiB of which 1.10 GiB is \
+free. Process 4711 has 30.62 GiB memory in use."
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"vllm": {"class": "logging.NullHandler"}},
+    "loggers": {"vllm": {"handlers": ["vllm"], "propagate": False}},
+}
+STARTED = """
+import json, logging, logging.config, sys
+logging.config.dictConfig(json.load(open(sys.argv[1])))
+try:
+    raise ValueError(sys.argv[2])
+except ValueError:
+    logging.getLogger("vllm.v1.engine.core").exception("EngineCore failed to start.")
+"""
+"""What vLLM's engine process does; the other one then knows nothing but that it ended."""
+
+
+@pytest.mark.parametrize(
+    ("said", "gpu", "told"),
+    [
+        (
+            ROOM,
+            False,
+            r"length is 160; raise sampler.cpu_kv_cache_gb \(now 2\), or lower data.max_prompt",
+        ),
+        (
+            ROOM,
+            True,
+            r"raise sampler.gpu_memory .* sampler.tensor_parallel .*, or lower data.*sampling.max_tokens \(now \d+\)$",
+        ),
+        ("No available memory for the cache blocks. Try", True, "cache blocks; raise sampler.gpu_memory"),
+        (FREE, True, r"71.19 GiB\); lower sampler.gpu_memory .*, end what else .* sampler.tensor_parallel \(now 1\)$"),
+        (CUDA, True, r"1.10 GiB is free; lower sampler.gpu_memory"),
+    ],
+)
+def test_a_lack_of_memory_while_vllm_starts_is_one_line_with_the_settings(said, gpu, told):
+    with (
+        pytest.raises(OutOfMemory, match=told) as caught,
+        shortage.shortage_explained(load(None, []), gpu, LOGGING) as file,
+    ):
+        subprocess.run([sys.executable, "-c", STARTED, str(file), said], check=True)
+        raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_else_stops_vllm_stays_what_it_is():
+    expected = pytest.raises(RuntimeError, match="initialization failed")
+    with expected, shortage.shortage_explained(load(None, []), True, LOGGING) as file:
+        subprocess.run([sys.executable, "-c", STARTED, str(file), "no such kernel"], check=True)
+        raise RuntimeError("Engine core initialization failed.")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("L2")
+def test_vllm_with_too_little_memory_says_which_setting(tmp_path, monkeypatch):
+    from tests.test_engine import Running
+
+    for name, value in cpu_environment(load(None, ["sampler.threads=2"]), 1).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OutOfMemory, match=r"raise sampler.cpu_kv_cache_gb \(now 0.0001\)"):
+        Running(tmp_path, "sampler.cpu_kv_cache_gb=0.0001")
 
 
 # -- one engine, two workers -----------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_a_name_keeps_its_first_contents_whatever_is_published_under_it_again(tm
 def test_what_was_announced_is_waited_for_up_to_two_minutes(sealed, delay_s):
     path, sha256 = sealed
     lag = LagFS(visible_at=delay_s)
-    with lag.mounted(snapshot):
+    with lag.mounted(snapshot, disk):
         try:
             assert read(path, sha256) == DATA
             assert delay_s <= lag.clock.now <= PATIENCE_S
@@ -184,7 +184,7 @@ def test_what_was_announced_is_waited_for_up_to_two_minutes(sealed, delay_s):
 def test_errors_in_mid_read_and_short_reads_heal(sealed, opens, chunk):
     path, sha256 = sealed
     lag = LagFS(opens=opens, chunk=chunk)
-    with lag.mounted(snapshot):
+    with lag.mounted(snapshot, disk):
         assert read(path, sha256) == DATA
     assert not any(lag.opens.values())
 
@@ -194,7 +194,7 @@ def test_errors_in_mid_read_and_short_reads_heal(sealed, opens, chunk):
 def test_a_file_that_never_comes_back_is_an_error_in_time_and_not_the_end(sealed, number):
     path, sha256 = sealed
     lag = LagFS(opens={"model.safetensors": [Broken(number, 100)] * 1000})
-    with lag.mounted(snapshot):
+    with lag.mounted(snapshot, disk):
         with pytest.raises(Corrupt, match=os.strerror(number)):
             read(path, sha256)
         assert lag.clock.now <= PATIENCE_S
@@ -209,7 +209,7 @@ def test_a_stale_read_heals_and_wrong_bytes_are_read_again_so_many_times_only(se
     path, sha256 = sealed
     wrong = [view for view in views if view != b"{}"]
     lag = LagFS(opens={name: [Stale(view) for view in wrong]})
-    with lag.mounted(snapshot):
+    with lag.mounted(snapshot, disk):
         if len(wrong) <= snapshot.REREADS:
             assert read(path, sha256) == DATA
             return
@@ -262,7 +262,7 @@ def test_a_reader_that_loses_a_race_against_removal_has_an_error_or_the_right_by
     countdown = itertools.count(-moment)
     really = lag.open
     lag.open = lambda *arguments: (next(countdown) == 0 and remove(path), really(*arguments))[1]
-    with lag.mounted(snapshot):
+    with lag.mounted(snapshot, disk):
         if moment < 5:
             with pytest.raises(Corrupt, match="No such file"):
                 read(path, sha256)

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from doctor.learning_rate import learning_rate_advice
 from launch.plan import machine as machines
 from launch.plan.lengths import Lengths, all_prompts, doubts, lengths, refusals
-from launch.plan.machine import GIB, Machine
+from launch.plan.machine import Machine
 from launch.plan.need import of_rank, trained
 from launch.plan.placement import Placement, place
 from launch.plan.proposal import nearest
@@ -18,6 +18,7 @@ from launch.plan.storage import StorageNeed, gib, storage_need
 from launch.plan.surroundings import filesystem, free_bytes, unbindable, unwritable, versions
 from launch.plan.verdict import Verdict
 from protocol.errors import UserError
+from protocol.memory import GIB
 from protocol.recipe import Recipe
 from protocol.resolve import load
 from trainer.arithmetic import arithmetic, consequences, micro_batches

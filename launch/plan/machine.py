@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.errors import UserError
+from protocol.memory import GIB
 from protocol.process import visible_gpus
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

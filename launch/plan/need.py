@@ -5,11 +5,11 @@ optimizer's step, writing a snapshot) only the largest counts. Compared with mea
 """
 
 from launch.plan.shape import Shape
+from protocol.memory import GIB
 from protocol.recipe import Recipe
 from trainer.arithmetic import row_tokens
 from trainer.zero import bucket
 
-GIB = 2**30
 Need = dict[str, float]
 """Bytes by part."""
 BYTES = {"bfloat16": 2, "float32": 4}

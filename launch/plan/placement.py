@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.plan.machine import GIB, Machine
+from launch.plan.machine import Machine
 from launch.plan.need import Need, completion_bytes, of_engine, of_host, of_rank
 from launch.plan.shape import Shape
+from protocol.memory import GIB
 from protocol.recipe import Recipe
 
 SAFE = 0.9

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from launch.plan.need import BYTES, GIB, trained
+from launch.plan.need import BYTES, trained
 from launch.plan.shape import Shape
+from protocol.memory import GIB
 from protocol.recipe import Recipe
 from trainer.retention import SPARE
 
