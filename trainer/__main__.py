@@ -114,7 +114,7 @@ def launch(gpus: int, rundir: RunDir, complete: Callable[[], bool], flags: Seque
 
     The launcher dies at the first signal, and kills its ranks after 30 s each: a stop goes to the ranks alone.
     """
-    print(f"trainer: {gpus} ranks (GPUs; on a machine without any: processes)", flush=True)
+    print(f"trainer: {gpus} rank{'s' * (gpus > 1)} (GPUs; on a machine without any: processes)", flush=True)
     put_aside(rundir.path, "trainer")
     before = rundir.newest_incarnation()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

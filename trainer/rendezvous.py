@@ -161,7 +161,7 @@ def nodes(peers: Sequence[Peer]) -> str:
     hosts = [peer.host for peer in _one_a_node(peers)]
     ranks = [", ".join(str(peer.rank) for peer in peers if peer.host == host) for host in hosts]
     shown = ", ".join(f"{host} ({some})" for host, some in zip(hosts, ranks, strict=True))
-    return f"{len(peers)} ranks on {len(hosts)} nodes: {shown}"
+    return f"{len(peers)} ranks on {len(hosts)} node{'s' * (len(hosts) > 1)}: {shown}"
 
 
 def _one_a_node(peers: Sequence[Peer]) -> list[Peer]:
