@@ -15,14 +15,13 @@ import torch
 import torch.distributed as dist
 
 from protocol.errors import UserError
+from protocol.process import NVIDIA_SMI_S
 from trainer.notes import Notes
 from trainer.trial import works
 
 log = logging.getLogger(__name__)
 
 KEY = "trainer.backend"
-NVIDIA_SMI_S = 20.0
-"""It hangs where a driver is broken."""
 PROFILE = re.compile(r"GRID|vGPU|-\d+[ABCQ]$")
 """Names of virtual GPUs end with memory and kind of their profile: `A100D-20C`, `RTX6000-Ada-24Q`."""
 
