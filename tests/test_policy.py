@@ -59,14 +59,19 @@ def run(
     file.write_text(json.dumps({"overrides": recipe, "run": str(directory / "run"), "steps": steps, **settings}))
     processes = []
     for rank in range(world):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         device = {} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         environment = os.environ | {key: str(value) for key, value in place.items()} | device
         command = [sys.executable, "-m", module, str(file)]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
-    outputs = [process.communicate(timeout=240) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process in processes:
         assert process.returncode == 0, "\n".join(error[-1500:] for _, error in outputs)
     return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
