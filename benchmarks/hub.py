@@ -19,10 +19,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from benchmarks.hub_load import PROMPT, SIZES, VOCABULARY, agreed, answer_all, beats, make_group, make_recipe
-from benchmarks.hub_parts import broadcast, parts, raw
+from benchmarks.hub_load import Size, agreed, answer_all, beats, make_group, make_recipe
+from benchmarks.hub_parts import broadcast, parts
 from benchmarks.measure import emit
-from benchmarks.processes import forked, free_port, stop_all
+from benchmarks.processes import forked, free_port, memory_mb, stop_all, thread_seconds
 from protocol import codec
 from protocol.channel import Hub
 from protocol.keys import Keys, open_keys
@@ -37,19 +37,19 @@ from trainer.ranks import Ranks
 SHA = "0" * 64
 
 
-def carried(size: str, reference: bool, clients: int, seconds: float) -> dict[str, object]:
+def carried(size: Size, clients: int, seconds: float) -> dict[str, object]:
     """One load for so many seconds, after two more in which the clients join."""
     rundir = RunDir(Path(tempfile.mkdtemp(prefix="hub-")))
     rundir.make()
-    recipe, group, keys = make_recipe(size, reference), make_group(size, reference), open_keys(rundir.keys)
+    recipe, keys = make_recipe(size), open_keys(rundir.keys)
     want = max(2, 128 // clients)
     children = [
-        forked(lambda n=n: asyncio.run(answer_all(rundir, recipe, group, n, want)), rundir.path / "clients.log")
+        forked(lambda n=n: asyncio.run(answer_all(rundir, recipe, size, n, want, {})), rundir.path / "clients.log")
         for n in range(clients)
     ]
     answers, out, log = rundir.path / "beats", rundir.path / "result.json", rundir.path / "hub.log"
-    server = forked(lambda: out.write_bytes(msgspec.json.encode(serve(rundir, recipe, keys, seconds))), log)
-    children.append(forked(lambda: asyncio.run(beats(rundir, recipe, answers)), rundir.path / "beats.log"))
+    server = forked(lambda: out.write_bytes(msgspec.json.encode(serve(rundir, recipe, size, keys, seconds))), log)
+    children.append(forked(lambda: asyncio.run(beats(rundir, recipe, size, answers)), rundir.path / "beats.log"))
     os.waitpid(server, 0)
     stop_all(children)
     if not out.exists():
@@ -57,10 +57,10 @@ def carried(size: str, reference: bool, clients: int, seconds: float) -> dict[st
     found = msgspec.json.decode(out.read_bytes())
     times = [float(line) for line in answers.read_text().split()]
     late = np.quantile(times[len(times) // 3 :] or [float("nan")], [0.5, 0.99]) * 1e3
-    size_bytes = len(codec.encode(group))
+    size_bytes = len(codec.encode(make_group(size)))
     return {
-        "group": size, "ref": reference, "clients": clients, "kB": round(size_bytes / 1e3, 1),
-        "groups/s": round(found["rate"], 1), "completions/s": round(found["rate"] * len(group.completions)),
+        "group": size.name, "ref": size.reference, "clients": clients, "kB": round(size_bytes / 1e3, 1),
+        "groups/s": round(found["rate"], 1), "completions/s": round(found["rate"] * size.completions),
         "MB/s": round(found["rate"] * size_bytes / 1e6, 1),
         **{name: round(share, 2) for name, share in found["busy"].items()},
         "could": round(found["rate"] / max(found["busy"].values())),
@@ -69,11 +69,11 @@ def carried(size: str, reference: bool, clients: int, seconds: float) -> dict[st
     }  # fmt: skip
 
 
-def serve(rundir: RunDir, recipe: Recipe, keys: Keys, seconds: float) -> dict[str, object]:
+def serve(rundir: RunDir, recipe: Recipe, size: Size, keys: Keys, seconds: float) -> dict[str, object]:
     """Rank 0: the real hub, desk and inbox; the consumer takes steps and trains nothing."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(free_port())
-    desk = Desk(recipe=recipe, agreement=agreed(keys, recipe), incarnation=rundir.claim_incarnation())
+    desk = Desk(recipe=recipe, agreement=agreed(keys, recipe, size), incarnation=rundir.claim_incarnation())
     hub = Hub(keys, "127.0.0.1", 0)
     with Ranks("gloo", 1) as ranks, Inbox(ranks, desk, hub, threading.Event(), rundir) as inbox:
         inbox.serve()
@@ -109,19 +109,9 @@ def serve(rundir: RunDir, recipe: Recipe, keys: Keys, seconds: float) -> dict[st
 
 def threads(names: dict[int, str]) -> dict[str, float]:
     """CPU seconds of each thread of this process; the busiest of those without a name is ZeroMQ's."""
-    found, others = {}, [0.0]
-    for path in Path("/proc/self/task").iterdir():
-        fields = (path / "stat").read_text().rpartition(")")[2].split()
-        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        if int(path.name) in names:
-            found[names[int(path.name)]] = seconds
-        else:
-            others.append(seconds)
-    return found | {"ZeroMQ": max(others)}
-
-
-def memory_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    seconds = thread_seconds()
+    others = [spent for thread, spent in seconds.items() if thread not in names]
+    return {name: seconds[thread] for thread, name in names.items()} | {"ZeroMQ": max(others)}
 
 
 def main() -> None:
@@ -129,17 +119,13 @@ def main() -> None:
     flags.add_argument("--seconds", type=float, default=4.0, help="of each load")
     flags.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="with groups of 8 x 512")
     options = flags.parse_args()
-    loads = [("8 x 512", False, count) for count in options.clients]
-    loads += [("8 x 512", True, 4), ("16 x 4096", False, 4), ("16 x 4096", True, 4)]
-    rows = [carried(*one, options.seconds) for one in loads]
-    emit("hub", rows, prompts_per_step=64, prompt_tokens=PROMPT)
-    groups = {size: make_group(size, reference=True) for size in SIZES}
-    emit("hub: raw ZeroMQ", [raw(len(codec.encode(group)), 4, options.seconds) for group in groups.values()])
-    emit(
-        "hub: parts",
-        [{"group": size} | parts(group, make_recipe(size, True), VOCABULARY) for size, group in groups.items()],
-    )
-    emit("hub: broadcast", [broadcast(codec.encode_groups([group] * 16), size) for size, group in groups.items()])
+    short, long = Size(), Size(completions=16, length=4096)
+    loads = [(short, count) for count in options.clients]
+    loads += [(size._replace(reference=reference), 4) for size in (short, long) for reference in (False, True)][1:]
+    emit("hub", [carried(*one, options.seconds) for one in loads], prompts_per_step=64, prompt_tokens=short.prompt)
+    sizes = [size._replace(reference=True) for size in (short, long)]
+    emit("hub: parts", [{"group": size.name} | parts(size) for size in sizes])
+    emit("hub: broadcast", [{"group": size.name} | broadcast([make_group(size)] * 16) for size in sizes])
 
 
 if __name__ == "__main__":

@@ -108,11 +108,23 @@ def figures(rundir: RunDir, recipe: Recipe, samplers: int) -> dict[str, object]:
     }
 
 
+def compared(counts: Sequence[int], steps: int) -> list[dict[str, object]]:
+    """counts: of samplers, a run each; steps: that are counted."""
+    with tempfile.TemporaryDirectory(prefix="samplers-") as name:
+        model = make_model(Path(name) / "model")
+        return [simulated(count, model, steps) for count in counts]
+
+
 def measure(counts: Sequence[int], steps: int) -> None:
-    """Prints the table and its JSON line. counts: of samplers, a run each; steps: that are counted."""
-    model = make_model(Path(tempfile.mkdtemp(prefix="samplers-")) / "model")
-    rows = [simulated(count, model, steps) for count in counts]
-    emit("samplers", rows, tokens_per_s=TOKENS_PER_S, group_tokens=GROUP * LENGTH, per_step=PER_STEP, step_s=STEP_S)
+    """Prints the table and its JSON line."""
+    emit(
+        "samplers",
+        compared(counts, steps),
+        tokens_per_s=TOKENS_PER_S,
+        group_tokens=GROUP * LENGTH,
+        per_step=PER_STEP,
+        step_s=STEP_S,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Optimizer steps of random models on made-up groups, for `benchmarks.trainer`."""
+"""Optimizer steps of random models on made-up groups, for `benchmarks.rows`."""
 
 import argparse
 import contextlib
@@ -47,7 +47,7 @@ def measure(options: argparse.Namespace) -> None:
         rows = [row for tokens in options.tokens for row in measured(policy, tokens, options, roof)]
         _, kernels = equip(policy.model, policy.recipe.trainer, ranks.device)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    emit("trainer", rows, size=options.size, dtype=options.dtype, device=device, roof_tflops=roof / 1e12, auto=kernels,
+    emit("rows", rows, size=options.size, dtype=options.dtype, device=device, roof_tflops=roof / 1e12, auto=kernels,
          prompt=options.prompt, completion=options.completion, group=options.group, rounds=options.rounds)  # fmt: skip
 
 
@@ -107,22 +107,32 @@ def made_up(tokens: int, options: argparse.Namespace, vocabulary: int) -> list[G
     size = max(1, min(options.group, (tokens - options.prompt) // options.completion))
     random = np.random.default_rng(tokens)
 
-    def ids(count: int) -> bytes:
-        return pack(token_array(random.integers(0, vocabulary, count).tolist(), vocabulary))
-
-    def completion(number: int) -> Completion:
-        logprobs = np.full(options.completion, -np.log(vocabulary), np.float32)  # of random weights, nearly
-        spans = [Span("s00000000.i0001", 0, options.completion)]
-        reward = float(number % 2)
-        return Completion(tokens=ids(options.completion), logprobs=pack(logprobs), ref_logprobs=None, finish="stop",
-                          spans=spans, reward=reward, rewards={"made_up": reward})  # fmt: skip
-
     count = max(1, tokens // (options.prompt + size * options.completion))
-    return [
-        Group(session="b", split="train", group_id=number, row=number, prompt=ids(options.prompt),
-              completions=[completion(one) for one in range(size)])
-        for number in range(count)
-    ]  # fmt: skip
+    found = []
+    for number in range(count):
+        completions = [completion_of(random, options.completion, vocabulary, float(one % 2)) for one in range(size)]
+        prompt = random_ids(random, options.prompt, vocabulary)
+        found.append(
+            Group(session="b", split="train", group_id=number, row=number, prompt=prompt, completions=completions)
+        )
+    return found
+
+
+def random_ids(random: np.random.Generator, count: int, vocabulary: int) -> bytes:
+    return pack(token_array(random.integers(0, vocabulary, count).tolist(), vocabulary))
+
+
+def completion_of(random: np.random.Generator, length: int, vocabulary: int, reward: float) -> Completion:
+    """Random tokens, with the log-probs that random weights give them, nearly."""
+    return Completion(
+        tokens=random_ids(random, length, vocabulary),
+        logprobs=pack(np.full(length, -np.log(vocabulary), np.float32)),
+        ref_logprobs=None,
+        finish="stop",
+        spans=[Span("s00000000.i0001", 0, length)],
+        reward=reward,
+        rewards={"made_up": reward},
+    )
 
 
 def step(policy: Policy, micro: MicroBatch, variant: str, peaks: dict[str, tuple[float, float]]) -> float:
@@ -166,7 +176,7 @@ def peak_memory() -> tuple[float, float]:
 
 
 def step_flops(policy: Policy, micro: MicroBatch) -> float:
-    """Of one step, by the rule in benchmarks/trainer.py."""
+    """Of one step, by the rule in benchmarks/rows.py."""
     output = policy.model.get_output_embeddings()
     linear = sum(
         module.weight.numel()
@@ -194,4 +204,4 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit("a part of another benchmark: python -m benchmarks.trainer")
+    raise SystemExit("a part of another benchmark: python -m benchmarks.rows")

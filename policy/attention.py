@@ -101,12 +101,19 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
 
 
 def _one_by_one(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    """The same in plain torch."""
+    """The same in plain torch, in float32 like FlashAttention's sums, the query heads of one key head in one product."""
+    (t, h, d), g = queries.shape, keys.shape[1]
+    dtype = torch.promote_types(queries.dtype, torch.float32)
     sizes = segments.queries.diff().tolist(), segments.keys.diff().tolist()
+    by_head = queries.to(dtype).view(t, g, h // g, d).permute(1, 2, 0, 3) * (scaling or d**-0.5)
+    parts = [
+        by_head.split(sizes[0], dim=2),
+        *(part.to(dtype).transpose(0, 1).split(sizes[1], dim=1) for part in (keys, values)),
+    ]
     found = []
-    for q, k, v in zip(queries.split(sizes[0]), keys.split(sizes[1]), values.split(sizes[1]), strict=True):
-        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril_(len(k) - len(q))
-        q, k, v = (part.transpose(0, 1) for part in (q, k, v))
-        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True)
-        found.append(out.transpose(0, 1))
-    return torch.cat(found)
+    for q, k, v in zip(*parts, strict=True):
+        scores = (q.flatten(1, 2) @ k.mT).unflatten(1, q.shape[1:3])
+        later = torch.ones(scores.shape[2:], dtype=torch.bool).triu_(k.shape[1] - q.shape[2] + 1)
+        shares = scores.masked_fill_(later, -torch.inf).softmax(-1)
+        found.append((shares.flatten(1, 2) @ v).view(q.shape))
+    return torch.cat(found, dim=2).permute(2, 0, 1, 3).reshape(t, h, d).to(queries.dtype)

@@ -50,15 +50,17 @@ def choose_attention(wanted: str, model: PreTrainedModel, device: Device) -> tup
     problem = varlen_problem(model, torch.device(device))
     if wanted == "varlen" and problem:
         raise _no_varlen(problem)
-    if wanted == "auto" and torch.device(device).type == "cpu":
-        return "sdpa", "no GPU"
-    return ("sdpa", problem) if problem else ("varlen", "FlashAttention gives what sdpa gives")
+    if problem:
+        return "sdpa", problem
+    return "varlen", "in plain torch: no GPU" if torch.device(device).type == "cpu" else "FlashAttention is like sdpa"
 
 
 def varlen_problem(model: PreTrainedModel, device: torch.device) -> str | None:
     """Why this model cannot be computed with `varlen` attention on this device; None where it can."""
     if getattr(model.config, "attention_dropout", 0.0):
         return "the model has dropout in its attention"
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return "the model caps its attention scores"
     if device.type == "cpu":
         return None
     if problem := dtype_problem(model.dtype, device):

@@ -110,22 +110,33 @@ class TokenLogprobs(nn.Module):
 class SelectedLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature) at the targets, in float32, without the full logits.
 
-    hidden [n, d], weight [v, d], targets [n] -> log-probs [n], entropies [n]. One function and not a loop over
-    the output layer: under ZeRO-3 each call of a layer is a collective, and ranks have different numbers of chunks.
+    hidden [n, d], weight [v, d], targets [n] -> log-probs [n], entropies [n]. A block of the vocabulary at a time, so
+    that both factors of each product, and its logits, are small; the sums over it go on as in arXiv 1805.02867. One
+    function and not a loop over the output layer: under ZeRO-3 each call of a layer is a collective, and ranks have
+    different numbers of blocks.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int):
-        logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
-        entropies = torch.empty_like(logprobs)
-        for part in _chunks(len(targets), chunk):
-            all_logprobs = _log_softmax(hidden[part], weight, temperature)
-            logprobs[part] = all_logprobs.gather(1, targets[part, None])[:, 0]
-            entropies[part] = -(all_logprobs.exp() * all_logprobs).sum(1)
-        ctx.save_for_backward(hidden, weight, targets, entropies)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        """With the largest logit m so far, `total` is the sum of exp(logit - m), `weighted` that of exp(logit - m)
+        times (logit - m)."""
+        top = hidden.new_full((len(hidden),), torch.finfo(torch.float32).min, dtype=torch.float32)
+        total, weighted, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+        blocks = _blocks(len(hidden), len(weight), chunk)
+        for block in blocks:
+            logits = _logits(hidden, weight[block], temperature)
+            inside, local = _local(targets, block)
+            chosen = torch.where(inside, logits.gather(1, local[:, None])[:, 0], chosen)
+            before, top = top, torch.maximum(top, logits.amax(1))
+            shrink = (before - top).exp()
+            logits.sub_(top[:, None])
+            odds = logits.exp()
+            weighted = shrink * (weighted + (before - top) * total) + torch.linalg.vecdot(odds, logits)
+            total = shrink * total + odds.sum(1)
+        ctx.save_for_backward(hidden, weight, targets, top, total, entropies := total.log() - weighted / total)
+        ctx.temperature, ctx.blocks = temperature, blocks
         ctx.set_materialize_grads(False)
-        return logprobs, entropies
+        return chosen - top - total.log(), entropies
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, grad_entropies: Tensor | None):
@@ -133,30 +144,40 @@ class SelectedLogprobs(torch.autograd.Function):
 
         d logprob / d logits = (onehot(target) - p) / T        d H / d logits = -p (log p + H) / T
         """
-        hidden, weight, targets, entropies = ctx.saved_tensors
+        hidden, weight, targets, top, total, entropies = ctx.saved_tensors
         grad = torch.zeros_like(entropies) if grad is None else grad
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for part in _chunks(len(targets), ctx.chunk):
-            all_logprobs = _log_softmax(hidden[part], weight, ctx.temperature)
-            factor = -grad[part, None]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for block in ctx.blocks:
+            logprobs = _logits(hidden, weight[block], ctx.temperature).sub_((top + total.log())[:, None])
+            factor = -grad[:, None]
             if grad_entropies is not None:
-                factor = factor - grad_entropies[part, None] * (all_logprobs + entropies[part, None])
-            grad_logits = all_logprobs.exp_().mul_(factor)
-            grad_logits[torch.arange(len(grad_logits)), targets[part]] += grad[part]
-            grad_logits = grad_logits.div_(ctx.temperature).to(weight.dtype)
-            grad_hidden[part] = grad_logits @ weight
+                factor = factor - grad_entropies[:, None] * (logprobs + entropies[:, None])
+            inside, local = _local(targets, block)
+            grad_logits = logprobs.exp_().mul_(factor).scatter_add_(1, local[:, None], (grad * inside)[:, None])
+            grad_logits = grad_logits.mul_(1 / ctx.temperature).to(weight.dtype)
+            grad_hidden += grad_logits @ weight[block]
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+                grad_weight[block] = grad_logits.T @ hidden
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """[n, b] float32, new memory."""
+    logits = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device).copy_(hidden @ weight.T)
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def _local(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Which targets [n] are in this block of the vocabulary, and where in it; 0 for the others."""
+    inside = (targets >= block.start) & (targets < block.stop)
+    return inside, (targets - block.start).mul_(inside)
+
+
+def _blocks(positions: int, vocabulary: int, chunk: int) -> list[slice]:
+    """Of the vocabulary, as large as `chunk` positions with all of it are."""
+    size = max(1, chunk * vocabulary // max(1, positions))
+    return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 
 def _int64(parts: list[np.ndarray]) -> Tensor:

@@ -5,6 +5,7 @@ between threads. Options follow from measurements: a ROUTER that is not MANDATOR
 that is not IMMEDIATE queues into nowhere, and LINGER would keep a dead process alive.
 """
 
+import contextlib
 import logging
 import socket
 from typing import Self
@@ -20,6 +21,8 @@ from protocol.messages import Down, Up
 
 log = logging.getLogger(__name__)
 
+NOW = int(zmq.DONTWAIT)
+"""pyzmq's own flags are enums: each `|` of them takes longer than what is sent."""
 DOMAIN = "rl"
 """ZAP domain; an empty one would let every client in, whatever the list of keys says."""
 
@@ -42,6 +45,7 @@ class Hub:
         self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         self.malformed = self.unsent = 0
         self._bell, self._rope = socket.socketpair()
+        self._rope.setblocking(False)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._bell, zmq.POLLIN)
@@ -59,12 +63,10 @@ class Hub:
 
     def receive(self, timeout_s: float) -> tuple[bytes, Up] | None:
         """The next message and its peer; None after `timeout_s`, after `wake`, or for bytes that are no message."""
-        events = dict(self._poller.poll(int(timeout_s * 1000)))
-        if self._bell.fileno() in events:
-            self._bell.recv(4096)
-        if self._socket not in events:
+        received = self._received() or self._await(timeout_s)
+        if received is None:
             return None
-        peer, *frames = self._socket.recv_multipart()
+        peer, *frames = received
         try:
             if len(frames) != 1:
                 raise codec.Malformed(f"{len(frames)} frames; expected one")
@@ -74,10 +76,22 @@ class Hub:
             log.warning("dropped malformed message %d: %s", self.malformed, error)
             return None
 
+    def _received(self) -> list[bytes] | None:
+        try:
+            return self._socket.recv_multipart(NOW)
+        except zmq.Again:
+            return None
+
+    def _await(self, timeout_s: float) -> list[bytes] | None:
+        events = dict(self._poller.poll(int(timeout_s * 1000)))
+        if self._bell.fileno() in events:
+            self._bell.recv(4096)
+        return self._received() if self._socket in events else None
+
     def send(self, peer: bytes, message: Down) -> bool:
         """False where the peer is gone or its queue is full; it will ask again."""
         try:
-            self._socket.send_multipart([peer, codec.encode(message)], zmq.DONTWAIT)
+            self._socket.send_multipart([peer, codec.encode(message)], NOW)
         except zmq.ZMQError:
             self.unsent += 1
             return False
@@ -85,7 +99,8 @@ class Hub:
 
     def wake(self) -> None:
         """Ends a `receive` early; the one method that any thread may call."""
-        self._rope.send(b"!")
+        with contextlib.suppress(BlockingIOError):  # so many rings that it is full, and heard in any case
+            self._rope.send(b"!")
 
     def close(self) -> None:
         self._socket.close()

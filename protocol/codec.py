@@ -92,6 +92,22 @@ def unpack(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype, count=(len(data) - 1) // dtype.itemsize)
 
 
+def unpack_joined(parts: list[bytes]) -> tuple[np.ndarray, list[int]]:
+    """What `pack` wrote, as one array, and the length of each part: floats, or token ids. Raises Malformed.
+
+    Much faster than one by one where parts are short.
+    """
+    codes = {part[-1:] for part in parts}
+    if codes == {b"H", b"i"}:
+        arrays = [unpack(part) for part in parts]
+        return np.concatenate(arrays), [len(array) for array in arrays]
+    dtype = _DTYPES.get(ord(codes.pop() or b"-")) if len(codes) == 1 else None
+    if dtype is None or {len(part) % dtype.itemsize for part in parts} != {1 % dtype.itemsize}:
+        raise Malformed(f"{len(parts)} byte strings are no packed arrays, or not of one type")
+    joined = np.frombuffer(b"".join([part[:-1] for part in parts]), dtype)
+    return joined, [len(part) // dtype.itemsize for part in parts]
+
+
 def token_array(ids: list[int], vocabulary: int) -> np.ndarray:
     """Token ids in the narrowest type that holds the vocabulary."""
     return np.asarray(ids, np.uint16 if vocabulary <= 1 << 16 else np.int32)

@@ -210,11 +210,11 @@ class TrainerTable(Table, frozen=True):
     """Of the ranks' exchange; `auto` tries NCCL, and takes gloo where it fails and on virtual GPUs (docs/vgpu.md)."""
     gradient_checkpointing: bool = True
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
-    """varlen: FlashAttention, without the pairs of tokens that do not see each other; auto: on GPUs, in bfloat16."""
+    """varlen: without the pairs of tokens that do not see each other; auto: where it works, on GPUs in bfloat16 only."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Fused kernels of the package liger-kernel; auto: on GPUs where it is installed."""
-    logits_chunk: Positive = 1024
-    """Completion positions whose logits exist at the same time."""
+    logits_chunk: Positive = 128
+    """As many logits exist at the same time as so many completion positions have."""
     checkpoint_every: Positive = 20
     keep_checkpoints: Positive = 2
     keep_gb: Rate = 0.0

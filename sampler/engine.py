@@ -39,6 +39,11 @@ from sampler.shortage import shortage_explained
 from sampler.weights import Apply, Weights
 from sampler.worker import SAMPLER_PID
 
+FIRST = -1
+"""vLLM's priority of what is scored: no completion leaves before the canary, which others would keep waiting."""
+READ_POLL_S = 0.02
+"""Between two questions whether the worker has read a snapshot: each is answered between two tokens."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
@@ -80,7 +85,7 @@ class Engine:
         with shortage_explained(self._recipe, self._gpu, DEFAULT_LOGGING_CONFIG) as file:
             self._llm = await asyncio.to_thread(
                 AsyncLLM.from_engine_args,
-                AsyncEngineArgs(**arguments, logging_config=_logging(file)),
+                AsyncEngineArgs(**arguments, scheduling_policy="priority", logging_config=_logging(file)),
                 stat_loggers=[lambda config, index=0: _TokenCounter(self)],
             )
         return self
@@ -108,14 +113,15 @@ class Engine:
         return [_sampled(output, self._recipe.sampling.stop_after, self._specials) for output in outputs.outputs]
 
     async def read(self, sealed: Sealed, sha256: str) -> Apply:
-        """Hands a verified snapshot to the worker; what is left is to be done while the engine is paused."""
+        """Has the worker read it while it samples; what is left is to be done while the engine is paused."""
         if sealed.manifest.kind == "adapter":
             files = {name: await asyncio.to_thread(sealed.read, name) for name in sealed.manifest.files}
             return lambda: self._apply_adapter(files)
-        arguments = (str(sealed.path), sha256)
-        problems = [problem for problem in await self._call("read_snapshot", arguments) if problem]
-        if problems:
-            raise Corrupt(problems[0])
+        await self._call("read_snapshot", (str(sealed.path), sha256, sealed.patience_s))
+        while None in (problems := await self._call("snapshot_read", (sealed.wanted(),))):
+            await asyncio.sleep(READ_POLL_S)
+        if any(problems):
+            raise Corrupt(next(filter(None, problems)))
         return lambda: self._call("apply_snapshot")
 
     async def switch(self, apply: Apply, snapshot: str) -> None:
@@ -134,12 +140,12 @@ class Engine:
         parameters = SamplingParams(
             max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        output = await self._request(list(tokens), parameters)
+        output = await self._request(list(tokens), parameters, priority=FIRST)
         return [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    async def _request(self, tokens: list[int], parameters: SamplingParams):
+    async def _request(self, tokens: list[int], parameters: SamplingParams, priority: int = 0):
         self._busy_since = self._busy_since if self.running else time.monotonic()
         self.running += 1
         try:
@@ -149,6 +155,7 @@ class Engine:
                 parameters,
                 request_id=uuid.uuid4().hex,
                 lora_request=self._adapter,
+                priority=priority,
             ):
                 last = output
         except EngineDeadError as error:
@@ -158,7 +165,7 @@ class Engine:
             self._busy_s += 0.0 if self.running else time.monotonic() - self._busy_since
         return last
 
-    async def _call(self, method: str, arguments: tuple[str, ...] = ()) -> list:
+    async def _call(self, method: str, arguments: tuple[str | float, ...] = ()) -> list:
         """Of the worker extension, in every worker process."""
         try:
             return await self._llm.collective_rpc(method, args=arguments)
@@ -202,7 +209,7 @@ def sampling_parameters(settings: dict, ends: list[int]) -> SamplingParams:
     """ends: ids of tokens that end a completion. Raises UserError where vLLM refuses or changes a setting."""
     try:
         parameters = SamplingParams(
-            **settings, stop_token_ids=ends, logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+            **settings, stop_token_ids=ends, logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY
         )
     except ValueError as error:
         raise UserError(f"vLLM refuses the recipe's tables sampling and eval: {' '.join(str(error).split())}") from None
@@ -217,11 +224,13 @@ def sampling_parameters(settings: dict, ends: list[int]) -> SamplingParams:
 def _sampled(output: CompletionOutput, stop_after: Sequence[str], specials: Sequence[int]) -> Sampled:
     """vLLM's text ends before the text that ended it, which may begin in the middle of a token."""
     tokens = np.asarray(output.token_ids, np.int64)
-    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+    logprobs = np.asarray(output.logprobs.logprobs, np.float32)  # flat: one for each token, no others were asked for
+    if output.logprobs.token_ids != list(output.token_ids):
+        raise RuntimeError("vLLM's log-probs are those of other tokens than it sampled")
     spans = [Span(span.version, span.start, span.end) for span in output.weight_versions]
     return Sampled(
         tokens=tokens,
-        logprobs=np.asarray(logprobs, np.float32),
+        logprobs=logprobs,
         text=output.text + (output.stop_reason if output.stop_reason in stop_after else ""),
         finish=output.finish_reason,
         spans=spans,

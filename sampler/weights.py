@@ -92,9 +92,9 @@ class Weights:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _open(self, pulse: Pulse) -> Sealed:
-        """Here, and while the engine samples, is the waiting for a slow disk: all files are read once and verified."""
+        """Its manifest alone: who parses a file reads it once, verified over the bytes that it parses."""
         path = self._snapshots / pulse.snapshot
-        return open_sealed(path, pulse.manifest_sha256, None, PATIENCE_S, lambda: self._wanted == pulse).verified()
+        return open_sealed(path, pulse.manifest_sha256, None, PATIENCE_S, lambda: self._wanted == pulse)
 
     async def _check(self, sealed: Sealed) -> None:
         """Computes what the trainer computed with these weights on fixed texts."""

@@ -1,6 +1,6 @@
 """Runs inside vLLM's worker process: loads a verified snapshot in place, and ends it when the sampler is gone.
 
-vLLM calls the methods by name with two strings; no object crosses the process border. vLLM's engine processes
+vLLM calls the methods by name with strings and numbers; no object crosses the process border. vLLM's engine processes
 survive the death of their parent, so a thread here looks after that.
 """
 
@@ -8,38 +8,68 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors.torch import load
+from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from protocol.snapshot import Corrupt, open_sealed
 
+READERS = 4
+"""Files that are read and hashed at the same time."""
 SAMPLER_PID = "VESPER_SAMPLER_PID"
 """Environment: the process whose death ends this one and its whole session."""
+
+
+class Reading:
+    """Reads a full snapshot in a thread, each file verified over the very bytes that are parsed; several side by side.
+
+    `problem` is "" when `shards` holds all of it.
+    """
+
+    def __init__(self, path: Path, sha256: str, patience_s: float) -> None:
+        self.wanted = True
+        self.problem = "it was not read to its end"
+        self.shards: list[dict[str, Tensor]] = []
+        self._arguments = path, sha256, None, patience_s, lambda: self.wanted
+        self.thread = threading.Thread(target=self._read, name="snapshot", daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        try:
+            sealed = open_sealed(*self._arguments)
+            names = [name for name in sealed.manifest.files if name.endswith(".safetensors")]
+            with ThreadPoolExecutor(READERS) as readers:
+                self.shards = list(readers.map(lambda name: load(sealed.read(name)), names))
+            self.problem = ""
+        except Corrupt as error:
+            self.problem = str(error)
 
 
 class SnapshotWorker:
     """Mixed into vLLM's worker by name (`worker_extension_cls`)."""
 
-    def read_snapshot(self, path: str, sha256: str) -> str:
-        """Reads a full snapshot, verified over the very bytes that are parsed; what is wrong with it, or "".
+    def read_snapshot(self, path: str, sha256: str, patience_s: float) -> None:
+        """Begins to read a full snapshot, in a thread: the engine goes on sampling with the weights that it has.
 
-        No weight changes, so a snapshot that cannot be read costs nothing. vLLM samples nothing meanwhile: the caller
-        has read the files before, so they come out of the page cache.
+        No weight changes, so a snapshot that cannot be read costs nothing.
         """
-        try:
-            sealed = open_sealed(Path(path), sha256)
-            names = [name for name in sealed.manifest.files if name.endswith(".safetensors")]
-            self.shards = [load(sealed.read(name)) for name in names]
-        except Corrupt as error:
-            return str(error)
-        return ""
+        self.reading = Reading(Path(path), sha256, patience_s)
+
+    def snapshot_read(self, wanted: bool) -> str | None:
+        """What is wrong with it, or "" once all of it is here; None while it is being read.
+
+        Not wanted any more: the thread no longer waits for a slow disk.
+        """
+        self.reading.wanted = wanted
+        return None if self.reading.thread.is_alive() else self.reading.problem
 
     def apply_snapshot(self) -> None:
         """Replaces all weights by those that were read."""
-        self.reload_weights(weights_iterator=(item for shard in self.shards for item in shard.items()))
-        del self.shards
+        self.reload_weights(weights_iterator=(item for shard in self.reading.shards for item in shard.items()))
+        del self.reading
         if next(self.model_runner.get_model().parameters()).device.type == "cpu":
             self._repack_tied_head()
 

@@ -136,16 +136,13 @@ def descendants_of(run: Path) -> list[str]:
     return alive
 
 
-BEGAN = time.time()
-
-
 def pids_of(run: Path) -> list[int]:
-    """By a word in the environment; vLLM's processes overwrite theirs with a title: all that began with these tests."""
+    """By a word in the environment; vLLM's processes overwrite theirs with a title, but write into the run's logs."""
     alive = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             ours = process.environ().get("VESPER_TEST") == str(run.parent)
-            ours = ours or (process.name().startswith("VLLM") and process.create_time() > BEGAN)
+            ours = ours or os.readlink(f"/proc/{process.pid}/fd/1").startswith(f"{run.parent}/")
             if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                 alive.append(process.pid)
     return alive

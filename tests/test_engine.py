@@ -177,6 +177,23 @@ def test_a_damaged_snapshot_is_never_sampled_with(running, monkeypatch):
     assert running.engine.weights.snapshot == before
 
 
+def test_the_engine_goes_on_sampling_while_it_waits_for_a_slow_disk(running):
+    """The worker reads in a thread of its own, as patiently as the sampler."""
+    pulse = publish(differently_trained(running, 4), running.snapshots, 4)
+    file = running.snapshots / pulse.snapshot / "model.safetensors"
+    hidden = file.rename(running.snapshots / "hidden")
+
+    async def meanwhile() -> None:
+        loading = asyncio.create_task(running.engine.weights.load(pulse))
+        sampled = await running.engine.generate(PROMPT, "train")
+        assert len(sampled) and not loading.done() and running.engine.weights.snapshot != pulse.snapshot
+        hidden.rename(file)
+        await loading
+
+    running.call(meanwhile())
+    assert running.engine.weights.snapshot == pulse.snapshot
+
+
 def test_a_manifest_that_was_not_announced_is_refused(running, monkeypatch):
     monkeypatch.setattr("sampler.weights.PATIENCE_S", 0.0)
     publish(running.model, running.snapshots, 6)

@@ -101,7 +101,7 @@ def test_all_layers_share_one_mask(model):
 
 def test_what_the_recipe_wants_is_what_it_gets_or_a_reason(model):
     assert choose_attention("sdpa", model, "cuda") == ("sdpa", "as trainer.attention says")
-    assert choose_attention("auto", model, CPU) == ("sdpa", "no GPU")
+    assert choose_attention("auto", model, CPU) == ("varlen", "in plain torch: no GPU")
     assert choose_attention("varlen", model, CPU)[0] == "varlen"
     assert choose_attention("auto", model, "cuda") == (
         "sdpa",
@@ -109,7 +109,7 @@ def test_what_the_recipe_wants_is_what_it_gets_or_a_reason(model):
     )
     with pytest.raises(UserError, match=r"trainer.attention = 'varlen' does not work here: .* use 'auto' or 'sdpa'"):
         choose_attention("varlen", model, "cuda")
-    assert equip(model, TrainerTable(), CPU) == ("sdpa", "attention sdpa (no GPU), liger off: no GPU")
+    assert equip(model, TrainerTable(), CPU) == ("varlen", "attention varlen (in plain torch: no GPU), liger off: no GPU")
 
 
 def test_what_a_machine_cannot_have_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
@@ -171,6 +171,9 @@ def test_a_model_with_dropout_or_caps_in_its_attention_is_not_computed_wrongly(m
     monkeypatch.setattr(model.config, "attention_dropout", 0.1)
     with pytest.raises(UserError, match="dropout"):
         choose_attention("varlen", model, CPU)
+    monkeypatch.setattr(model.config, "attention_dropout", 0.0)
+    monkeypatch.setattr(model.config, "attn_logit_softcapping", 50.0, raising=False)
+    assert choose_attention("auto", model, CPU) == ("sdpa", "the model caps its attention scores")
     with pytest.raises(NotImplementedError, match="softcap"):
         varlen(model, *[torch.zeros(1, 1, 1, 8)] * 3, None, packed([(1, [1])]).segments, softcap=50.0)
 
@@ -253,11 +256,11 @@ def test_two_ranks_of_zero_3_with_checkpointing_make_the_same_update_by_varlen(t
 
 @pytest.mark.slow
 def test_the_benchmark_measures_every_variant_on_any_machine():
-    command = [sys.executable, "-m", "benchmarks.trainer", "--size", "tiny", "--tokens", "64", "--prompt", "8"]
+    command = [sys.executable, "-m", "benchmarks.rows", "--size", "tiny", "--tokens", "64", "--prompt", "8"]
     command += ["--completion", "12", "--group", "4", "--rounds", "1", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["benchmark"] == "trainer" and found["roof_tflops"] > 0
+    assert found["benchmark"] == "rows" and found["roof_tflops"] > 0
     assert {row["variant"] for row in found["rows"]} == {
         f"{way}, checkpointing {on}" for way in ("sdpa", "varlen") for on in ("on", "off")
     }

@@ -218,8 +218,10 @@ class Desk:
         for split, ledger in self._ledgers().items():
             if split == "eval" and not self.exam.has(session, self.samplers):
                 continue
-            want, part = min(MAX_LEASES, sampler.want // self._size(split)), self._part(session, split, now)
-            items = ledger.grant(session, sampler.snapshot, want, now, part)
+            want = min(MAX_LEASES, sampler.want // self._size(split))
+            if not want or not ledger.can_grant(sampler.snapshot):
+                continue
+            items = ledger.grant(session, sampler.snapshot, want, now, self._part(session, split, now))
             sampler.want -= len(items) * self._size(split)
             letters += [(sampler.peer, Lease(split=split, items=items))] if items else []
         return letters
@@ -229,9 +231,9 @@ class Desk:
 
         Without it the first one to load new weights would take every lease, and the others had nothing to do.
         """
-        held = {kind: ledger.held() for kind, ledger in self._ledgers().items()}
+        ledgers = self._ledgers()
         room = {
-            name: sampler.want + sum(count[name] * self._size(kind) for kind, count in held.items())
+            name: sampler.want + sum(ledger.held(name) * self._size(kind) for kind, ledger in ledgers.items())
             for name, sampler in self.samplers.items()
             if name == session or self._at_work(name, split, now)
         }

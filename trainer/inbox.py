@@ -44,6 +44,9 @@ class Inbox:
         self._sound: Pulse | None = None
         self._changed = threading.Condition()
         self._closing = threading.Event()
+        self._ready: Callable[[Desk], list[Group] | None] | None = None
+        """What the training thread waits for; it is woken when that is there, and not by every message."""
+        self._found: list[Group] | None = None
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="hub", daemon=True)
         self._news = False
@@ -58,8 +61,7 @@ class Inbox:
 
         Waits for samplers, without a limit: the hub thread ends the wait when enough groups are ready.
         """
-        data = self._wait(lambda desk: desk.train.take(count) if desk.train else None)
-        return codec.decode_groups(data) if data else None
+        return self._wait(lambda desk: desk.train.take(count) if desk.train else None)
 
     def commit(self, pulse: Pulse, step: int) -> None:
         """The taken groups are trained, and these are the weights that came of it."""
@@ -95,7 +97,7 @@ class Inbox:
             with self._changed:
                 self._desk.exam.alone = False
             self._announce()
-        if wait and not self._wait(lambda desk: [] if desk.exam and desk.exam.ledger.finished() else None):
+        if wait and self._wait(lambda desk: [] if desk.exam and desk.exam.ledger.finished() else None) is None:
             return None
         if self._desk is None:
             return None
@@ -174,39 +176,49 @@ class Inbox:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _wait(self, ready: Callable[[Desk], list[Group] | None]) -> bytes | None:
+    def _wait(self, ready: Callable[[Desk], list[Group] | None]) -> list[Group] | None:
+        """What rank 0 found ready, on every rank; None when any was asked to stop."""
         start = time.monotonic()
         try:
             while True:
-                data = self._poll(ready)
-                stopping, failed, size = self._ranks.max([self._stopping.is_set(), self._exit_code(), len(data or b"")])
+                groups = self._poll(ready)
+                data = codec.encode_groups(groups) if groups and self._ranks.world > 1 else b""
+                news = [self._stopping.is_set(), self._exit_code(), groups is not None, len(data)]
+                stopping, failed, found, size = self._ranks.max(news)
                 if failed:
                     self._raise_failure(failed)
                 if stopping:  # asked for on one rank, it holds on all, after the groups that are here already
                     self._stopping.set()
-                if size:
-                    return self._ranks.broadcast(data, size)
+                if found:
+                    sent = self._ranks.broadcast(data, size) if size else b""
+                    return codec.decode_groups(sent) if sent and not self._ranks.first else groups or []
                 if stopping:
                     return None
                 self._say_what_is_missing(start)
         finally:
             self.waited_s += time.monotonic() - start
 
-    def _poll(self, ready: Callable[[Desk], list[Group] | None]) -> bytes | None:
+    def _poll(self, ready: Callable[[Desk], list[Group] | None]) -> list[Group] | None:
         """Rank 0: up to TURN_S for groups. Other ranks come to the meeting at once and wait there."""
         if self._desk is None:
             return None
         self._look_around()
         deadline = time.monotonic() + TURN_S
         with self._changed:
-            while not self._stopping.is_set() and self._failure is None:
-                groups = ready(self._desk)
-                if groups is not None:
-                    return codec.encode_groups(groups)
+            self._found, self._ready = None, ready
+            self._look()
+            while self._found is None and not self._stopping.is_set() and self._failure is None:
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     break
-        return None
+            self._ready = None
+            return self._found
+
+    def _look(self) -> None:
+        """Either thread, for what the training thread waits for."""
+        going_on = not self._stopping.is_set() and self._failure is None
+        if self._desk and self._ready and self._found is None and going_on:
+            self._found = self._ready(self._desk)
 
     def _look_around(self) -> None:
         """What only the disk tells: a newer trainer, whose samplers will not come back to this one; a spoiled snapshot.
@@ -269,7 +281,9 @@ class Inbox:
                     if now >= next_tick:
                         letters += self._desk.tick(now)
                         next_tick = now + 1.0
-                    self._changed.notify_all()
+                    self._look()
+                    if self._found is not None or self._desk.stop or self._stopping.is_set():
+                        self._changed.notify_all()
                 for peer, message in letters:
                     self._hub.send(peer, message)
         except BaseException as error:  # told to the training thread, which ends the run

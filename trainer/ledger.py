@@ -59,6 +59,7 @@ class Ledger:
         self.refill = self.spare = refill
         self.lineage: dict[str, int] = {}
         self.leases: dict[int, Lease] = {}
+        self._held: Counter[str] = Counter()
         self.ready: dict[int, Group] = {}
         self.taken: set[int] = set()
         self.done_below = first
@@ -84,18 +85,24 @@ class Ledger:
         version = self.lineage.get(snapshot or "")
         if version is None:
             return granted
-        want = min(want, math.ceil(part * self._leasable(version)) - self.held()[session])
+        want = min(want, math.ceil(part * self._leasable(version)) - self._held[session])
         while len(granted) < want and self._has_slot(version):
             group_id = self._next()
             if group_id is None:
                 break
             self.leases[group_id] = Lease(session, version, now, now + self.lease_s)
+            self._held[session] += 1
             granted.append((group_id, self.row(group_id)))
         return granted
 
-    def held(self) -> Counter[str]:
-        """Leases by session."""
-        return Counter(lease.session for lease in self.leases.values())
+    def can_grant(self, snapshot: str | None) -> bool:
+        """Whether anything is left to lease for a sampler that has loaded `snapshot`."""
+        version = self.lineage.get(snapshot or "")
+        return version is not None and self._has_slot(version)
+
+    def held(self, session: str) -> int:
+        """Leases of a session."""
+        return self._held[session]
 
     def offer(self, group: Group) -> str:
         """Decides over an answered lease that `accept.problem` found sound; returns the status to acknowledge."""
@@ -108,7 +115,7 @@ class Ledger:
             return "unknown"
         if group_id not in self.leases and outstanding >= cap:
             return "full"
-        leased = self.leases.pop(group_id, None)
+        leased = self._end_lease(group_id)
         if self._staleness(group) > self.max_staleness:
             if leased:  # else its turn comes, or is in the queue already
                 self._requeue(group_id)
@@ -134,7 +141,7 @@ class Ledger:
             return False
         if number:
             self._heard.add((session, number))
-        del self.leases[group_id]
+        self._end_lease(group_id)
         if not trusted:
             self._doubted.append(group_id)
             return True
@@ -178,13 +185,9 @@ class Ledger:
         Waits also for leases that a step begun now would make too stale: to drop what is slow and sample it anew
         would waste it and, worse, prefer prompts with short answers.
         """
-        if any(self.step + 1 - lease.version > self.max_staleness for lease in self.leases.values()):
-            return None
-        for group_id, group in list(self.ready.items()):
-            if self._staleness(group) > self.max_staleness:
-                del self.ready[group_id]
-                self._requeue(group_id)
         if len(self.ready) < count:
+            return None
+        if any(self.step + 1 - lease.version > self.max_staleness for lease in self.leases.values()):
             return None
         groups = [self.ready.pop(group_id) for group_id in sorted(self.ready)[:count]]
         self.taken = {group.group_id for group in groups}
@@ -197,6 +200,10 @@ class Ledger:
         self.taken = set()
         self.step = step
         self.spare = self.refill
+        for group_id, group in list(self.ready.items()):
+            if self._staleness(group) > self.max_staleness:
+                del self.ready[group_id]
+                self._requeue(group_id)
 
     def set_aside(self, why: str) -> None:
         """The taken groups broke a step: they count as done, and the checkpoint keeps the reason."""
@@ -304,8 +311,16 @@ class Ledger:
         )
 
     def _release(self, group_id: int) -> None:
-        del self.leases[group_id]
+        self._end_lease(group_id)
         self._requeue(group_id)
+
+    def _end_lease(self, group_id: int) -> Lease | None:
+        lease = self.leases.pop(group_id, None)
+        if lease:
+            self._held[lease.session] -= 1
+            if not self._held[lease.session]:
+                del self._held[lease.session]
+        return lease
 
     def _requeue(self, group_id: int) -> None:
         heapq.heappush(self._retry, group_id)

@@ -56,9 +56,12 @@ class Ranks:
 
     def broadcast(self, data: bytes | None, size: int) -> bytes:
         """Rank 0's `data`, of `size` bytes, on every rank; what others pass is not looked at."""
-        tensor = torch.frombuffer(bytearray(data if self.first and data else bytes(size)), dtype=torch.uint8)
+        if self.world == 1:
+            return data or b""
+        sent = data if self.first else None
+        tensor = torch.frombuffer(bytearray(sent), dtype=torch.uint8) if sent else torch.zeros(size, dtype=torch.uint8)
         dist.broadcast(tensor, 0, group=self._control)
-        return tensor.numpy().tobytes()
+        return sent or tensor.numpy().tobytes()
 
     def gather(self, table: np.ndarray) -> np.ndarray:
         """[k, n] float32 on each rank, k the same on all -> on rank 0 all of them side by side, filled up with zeros

@@ -104,26 +104,30 @@ def _layer(shape: Shape, recipe: Recipe, tokens: int, kind: str, prompt: int) ->
     Counted along transformers' Llama and Qwen layers, in values of the model's dtype for a token: the inputs of the
     linear layers, queries, keys and values, the attention's output twice, four of the feed-forward's width, and in
     both norms one value and one in float32. `sdpa` repeats keys and values for all heads; `varlen` has no mask, and
-    the prompt's keys and values once more for each completion.
+    the prompt's keys and values once more for each completion; without a GPU these in float32, and the attention
+    itself.
     """
     size = BYTES[recipe.model.dtype]
-    attention, mask = 3 * shape.query + 2 * shape.key, size * tokens**2
+    attention, mask = size * (3 * shape.query + 2 * shape.key), size * tokens**2
     if varlen(recipe, kind):
-        seen = (prompt + recipe.sampling.max_tokens) / recipe.sampling.max_tokens
-        attention, mask = shape.query + 2 * shape.key * (1 + seen), 0
-    values = 2 * shape.hidden + attention + 2 * shape.query + 4 * shape.inner
-    return tokens * (size * values + 2 * (size + 4) * shape.hidden), mask
+        longest = recipe.sampling.max_tokens
+        seen, mask = (prompt + longest) / longest, 0
+        attention = size * (shape.query + 2 * shape.key * (1 + seen))
+        if kind == "cpu":
+            attention = 4 * (shape.query + 2 * shape.key * seen + shape.heads * (prompt + longest))
+    values = 2 * shape.hidden + 2 * shape.query + 4 * shape.inner
+    return tokens * (size * values + attention + 2 * (size + 4) * shape.hidden), mask
 
 
 def varlen(recipe: Recipe, kind: str) -> bool:
     """Whether a rank will compute attention so, as far as settings tell (policy/kernels.py)."""
     chosen, dtype = recipe.trainer.attention, recipe.model.dtype
-    return chosen == "varlen" or (chosen == "auto" and kind == "gpu" and dtype == "bfloat16")
+    return chosen == "varlen" or (chosen == "auto" and (kind == "cpu" or dtype == "bfloat16"))
 
 
 def logits(shape: Shape, recipe: Recipe, positions: int) -> float:
     """Three float32 tables over the vocabulary; and the output layer's gradient, where it is trained."""
-    gradient = 0 if recipe.lora.rank else (4 + BYTES[recipe.model.dtype]) * shape.vocabulary * shape.hidden
+    gradient = 0 if recipe.lora.rank else BYTES[recipe.model.dtype] * shape.vocabulary * shape.hidden
     return 12 * positions * shape.vocabulary + gradient
 
 

@@ -1,0 +1,138 @@
+"""Optimizer steps and batches that grow in one direction, for `benchmarks.scale`."""
+
+import argparse
+import contextlib
+import functools
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from benchmarks.processes import in_child
+from benchmarks.steps import SIZES, alone, forget_peak, made_up, peak_memory, random_model, recipe, step
+from protocol.memory import GIB
+from protocol.messages import Group
+from protocol.recipe import Recipe
+from trainer.advantage import ADVANTAGES
+from trainer.batch import MicroBatch, make_batch
+from trainer.engine import Policy
+from trainer.ranks import Ranks
+
+PROMPT = 64
+VARIANT = "sdpa, checkpointing off"
+
+
+def lengths(values: Sequence[int], rounds: int) -> list[dict[str, object]]:
+    """Tokens of a completion; groups of 2."""
+    return in_child(lambda: policy_rows("length", {value: (2, value) for value in values}, 1024, rounds))
+
+
+def groups(values: Sequence[int], rounds: int) -> list[dict[str, object]]:
+    """Completions of a group, of 32 tokens each."""
+    return in_child(lambda: policy_rows("group", {value: (value, 32) for value in values}, 1024, rounds))
+
+
+def vocabularies(values: Sequence[int], rounds: int) -> list[dict[str, object]]:
+    """With groups of 8 x 128. A process for each, as each has another model."""
+    rows = [in_child(lambda v=value: policy_rows("vocabulary", {v: (8, 128)}, v, rounds))[0] for value in values]
+    return beside_the_first(rows, "vocabulary")
+
+
+def policy_rows(what: str, shapes: Mapping[int, tuple[int, int]], vocabulary: int, rounds: int) -> list[dict]:
+    """Steps of one tiny model, one group each. shapes: value -> completions, tokens of each."""
+    logging.disable(logging.WARNING)
+    alone()
+    longest = PROMPT + max(count * tokens for count, tokens in shapes.values())
+    with tempfile.TemporaryDirectory() as name, Ranks("gloo", 1) as ranks:
+        model = random_model(Path(name), SIZES["tiny"] | {"vocab_size": vocabulary}, longest, "float32")
+        options = argparse.Namespace(prompt=PROMPT, dtype="float32", liger="off")
+        options.group, options.completion = max(shapes.values())
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
+            policy = Policy(recipe(model, options), model, ranks)
+        rows = []
+        for value, (options.group, options.completion) in shapes.items():
+            tokens = PROMPT + options.group * options.completion
+            [micro] = policy.batch(made_up(tokens, options, vocabulary)).micro_batches
+            rows.append({what: value, "tokens": tokens} | cost(policy, micro, rounds))
+    return beside_the_first(rows, what)
+
+
+def cost(policy: Policy, micro: MicroBatch, rounds: int) -> dict[str, float]:
+    """CPU seconds of a step and its memory above the resting process; the least of the rounds."""
+    peaks: dict[str, tuple[float, float]] = {}
+    seconds, above = [], []
+    for _ in range(1 + rounds):  # the first one pays for allocation
+        forget_peak()
+        resting, used = peak_memory()[0], time.process_time()
+        step(policy, micro, VARIANT, peaks)
+        seconds.append(time.process_time() - used)
+        above.append((peaks[VARIANT][0] - resting) * GIB / 1e6)
+    return {"CPU ms": min(seconds[1:]) * 1e3, "MB": max(above), "flops": flops(policy, micro)}
+
+
+def flops(policy: Policy, micro: MicroBatch) -> float:
+    """Of a step: linear in the tokens, square in a row's for attention (sdpa computes all pairs), and the head's."""
+    head = policy.model.get_output_embeddings()
+    layers = [one for one in policy.model.modules() if isinstance(one, torch.nn.Linear) and one is not head]
+    tokens, config = micro.packed.input_ids.shape[1], policy.model.config
+    pairs = config.num_hidden_layers * config.hidden_size * tokens**2
+    linear = sum(one.weight.numel() for one in layers) * tokens + head.weight.numel() * len(micro.packed.targets)
+    return float(6 * linear + 12 * pairs)
+
+
+def beside_the_first(rows: list[dict], what: str) -> list[dict[str, object]]:
+    """Growth of time beside that of the FLOPs, the tokens and the size itself. What is no FLOP (softmax, the optimizer)
+    grows with the tokens, and with the vocabulary."""
+    first = dict(rows[0])
+    for one in rows:
+        one["time x"] = one["CPU ms"] / first["CPU ms"]
+        for name in ("flops", "tokens", what):
+            one[f"{name} x"] = one[name] / first[name]
+    return rows
+
+
+def ranks(values: Sequence[int], rounds: int) -> list[dict[str, object]]:
+    """64 groups of 8 completions of mixed lengths, made into each rank's micro-batches: CPU time of the slowest rank's
+    batch maker, tokens of the fullest rank over the mean, and the tokens that all compute more than one would."""
+    random = np.random.default_rng(0)
+    step = []
+    for number in range(64):
+        options = argparse.Namespace(prompt=PROMPT, group=8, completion=int(random.integers(32, 512)))
+        [group] = made_up(PROMPT + 8 * options.completion, options, 1024)
+        step.append(msgspec.structs.replace(group, group_id=number, row=number))
+    options = argparse.Namespace(dtype="float32", liger="off", group=8, completion=512)
+    settings = recipe(Path("random"), options)
+    rows = [of_world(step, settings, world, rounds) for world in values]
+    for one in rows:
+        one["more than with one"] = one.pop("all tokens") / of_world(step, settings, 1, 1)["all tokens"] - 1
+    return rows
+
+
+def of_world(step: Sequence[Group], settings: Recipe, world: int, rounds: int) -> dict[str, Any]:
+    batches, seconds = [], []
+    for rank in range(world):
+        make = functools.partial(make_batch, step, settings, ADVANTAGES["group"], rank=rank, world=world, step=0)
+        batches.append(make())
+        seconds.append(min(cpu_seconds(make) for _ in range(rounds)))
+    tokens = [sum(micro.packed.input_ids.shape[1] for micro in batch.micro_batches) for batch in batches]
+    return {
+        "ranks": world, "CPU ms a rank": max(seconds) * 1e3, "tokens a rank": max(tokens),
+        "fullest / mean": max(tokens) * world / sum(tokens), "all tokens": sum(tokens),
+    }  # fmt: skip
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    start = time.thread_time()
+    work()
+    return time.thread_time() - start
+
+
+if __name__ == "__main__":
+    raise SystemExit("a part of another benchmark: python -m benchmarks.scale")
