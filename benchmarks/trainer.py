@@ -102,6 +102,7 @@ def measured(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float,
     def turn(name: str) -> float:
         work, update = steps[name]
         found[name].append((timed(work), timed(update)))
+        print(f"{name}: forward and backward {found[name][-1][0]:.1f} s", file=sys.stderr, flush=True)
         return sum(found[name][-1])
 
     interleaved({name: lambda name=name: turn(name) for name in steps}, rounds + 1)

@@ -119,7 +119,8 @@ def trl(directory: Path, groups: list[Group], options: argparse.Namespace) -> St
     ids, seen, prompts, scored = padded_rows(groups)
     inputs = {
         "prompt_ids": ids[:, :prompts], "prompt_mask": seen[:, :prompts], "completion_ids": ids[:, prompts:],
-        "completion_mask": scored.long(), "advantages": advantages_of(groups), "num_items_in_batch": scored.sum().float(),
+        "completion_mask": scored.long(), "advantages": advantages_of(groups),
+        "num_items_in_batch": scored.sum().float(),
     }  # fmt: skip
 
     def update() -> None:

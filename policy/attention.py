@@ -101,7 +101,7 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
 
 
 def _one_by_one(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    """The same in plain torch, in float32 like FlashAttention's sums, the query heads of one key head in one product."""
+    """The same in plain torch, in float32 as FlashAttention sums; the query heads of a key head in one product."""
     (t, h, d), g = queries.shape, keys.shape[1]
     dtype = torch.promote_types(queries.dtype, torch.float32)
     sizes = segments.queries.diff().tolist(), segments.keys.diff().tolist()

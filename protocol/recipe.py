@@ -210,7 +210,7 @@ class TrainerTable(Table, frozen=True):
     """Of the ranks' exchange; `auto` tries NCCL, and takes gloo where it fails and on virtual GPUs (docs/vgpu.md)."""
     gradient_checkpointing: bool = True
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
-    """varlen: without the pairs of tokens that do not see each other; auto: where it works, on GPUs in bfloat16 only."""
+    """varlen: without pairs of tokens that do not see each other; auto: where it works, on GPUs in bfloat16 only."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Fused kernels of the package liger-kernel; auto: on GPUs where it is installed."""
     logits_chunk: Positive = 128

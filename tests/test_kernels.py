@@ -109,7 +109,10 @@ def test_what_the_recipe_wants_is_what_it_gets_or_a_reason(model):
     )
     with pytest.raises(UserError, match=r"trainer.attention = 'varlen' does not work here: .* use 'auto' or 'sdpa'"):
         choose_attention("varlen", model, "cuda")
-    assert equip(model, TrainerTable(), CPU) == ("varlen", "attention varlen (in plain torch: no GPU), liger off: no GPU")
+    assert equip(model, TrainerTable(), CPU) == (
+        "varlen",
+        "attention varlen (in plain torch: no GPU), liger off: no GPU",
+    )
 
 
 def test_what_a_machine_cannot_have_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
