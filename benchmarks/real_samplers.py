@@ -11,23 +11,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 from benchmarks.measure import interleaved, spread
 from benchmarks.processes import free_port
+from benchmarks.untrained import Untrained
 from policy.agreement import agree
-from policy.logprobs import TokenLogprobs
-from policy.model import load_model, load_tokenizer, locate
+from policy.model import load_tokenizer, locate
 from protocol.channel import Hub
 from protocol.keys import open_keys
 from protocol.process import end, signal_group, start
 from protocol.recipe import Recipe
 from protocol.resolve import dump, load
 from protocol.rundir import Endpoint, RunDir
-from sampler.supervisor import environments
+from sampler.supervisor import REPLICA, environments
 from trainer.desk import Desk
 from trainer.inbox import Inbox
 from trainer.publish import Publisher
@@ -41,27 +38,10 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-class Untrained:
-    """What the publisher asks of a policy."""
-
-    steps_done = 0
-
-    def __init__(self, recipe: Recipe, directory: Path) -> None:
-        self.recipe, self.directory = recipe, directory
-        self.model = load_model(directory, recipe.model.dtype).eval()
-
-    @torch.no_grad()
-    def score(self, packed, temperature: float) -> torch.Tensor:
-        return TokenLogprobs(self.model, temperature, self.recipe.trainer.logits_chunk)(packed)[0]
-
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from ((name, weight.detach()) for name, weight in self.model.named_parameters())  # a tied head once
-
-
 @contextlib.contextmanager
 def samplers(rundir: RunDir, recipe: Recipe, count: int):
     command = [sys.executable, "-m", "sampler", "--run", str(rundir.path)]
-    environment = environments(recipe, 2)[0]
+    environment = environments(recipe, 2)[0] | {REPLICA: "0"}  # no supervisor: a signal to the process stops all of it
     found = []
     try:
         for index in range(count):

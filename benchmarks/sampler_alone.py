@@ -30,7 +30,7 @@ def main() -> int:
 
 def serve(rundir: RunDir, recipe: Recipe) -> None:
     """Until it is killed."""
-    from benchmarks.real_samplers import Untrained  # torch, only now
+    from benchmarks.untrained import Untrained  # torch, only now
     from policy.agreement import agree
     from policy.model import load_tokenizer, locate
     from protocol.channel import Hub
@@ -39,11 +39,6 @@ def serve(rundir: RunDir, recipe: Recipe) -> None:
     from trainer.inbox import Inbox
     from trainer.publish import Publisher
     from trainer.ranks import Ranks
-    from trainer.shards import Entry
-
-    class Published(Untrained):
-        def layout(self) -> list[Entry]:
-            return [Entry(name, weight.dtype, tuple(weight.shape)) for name, weight in self.weights()]
 
     keys, directory = open_keys(rundir.keys), locate(recipe.model)
     tokenizer = load_tokenizer(directory)
@@ -51,7 +46,7 @@ def serve(rundir: RunDir, recipe: Recipe) -> None:
     desk = Desk(recipe=recipe, agreement=agree(keys.run_id, directory, tokenizer, recipe), incarnation=incarnation)
     hub, stop = Hub(keys, "127.0.0.1", 0), threading.Event()
     with Ranks("gloo", 1) as ranks, Inbox(ranks, desk, hub, stop, rundir) as inbox:
-        pulse = Publisher(rundir, keys.run_id, incarnation, tokenizer).publish(Published(recipe, directory), True)
+        pulse = Publisher(rundir, keys.run_id, incarnation, tokenizer).publish(Untrained(recipe, directory), True)
         inbox.serve()
         inbox.commit(pulse, 0)
         rundir.write_endpoint(Endpoint(address=hub.address, incarnation=incarnation, host="x"))

@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.child import tidy_when_stopped
 from benchmarks.measure import emit
 from benchmarks.processes import free_port
+from benchmarks.untrained import CHANGE, Untrained
 from benchmarks.weights_notes import NOTES, percentile, stall
-from benchmarks.weights_policy import CHANGE, Changing
 from policy.agreement import agree
 from policy.model import load_tokenizer, locate
 from protocol.channel import Hub
@@ -88,7 +88,7 @@ def run(rundir: RunDir, recipe: Recipe, publishes: int) -> list[dict]:
     desk = Desk(recipe=recipe, agreement=agreement, incarnation=rundir.claim_incarnation())
     hub, stop = Hub(keys, "127.0.0.1", 0), threading.Event()
     with Ranks("gloo", 1) as ranks, Inbox(ranks, desk, hub, stop, rundir) as inbox:
-        policy, publisher = Changing(recipe, directory), Publisher(rundir, keys.run_id, desk.incarnation, tokenizer)
+        policy, publisher = Untrained(recipe, directory), Publisher(rundir, keys.run_id, desk.incarnation, tokenizer)
         policy.change()
         steps = Steps(inbox, stop, publisher.publish(policy, True))
         steps.begin()
@@ -150,7 +150,7 @@ def sampler(rundir: RunDir, recipe: Recipe):
         end(process, 20.0)
 
 
-def switch(rundir: RunDir, policy: Changing, publisher: Publisher, steps: Steps, process) -> dict:
+def switch(rundir: RunDir, policy: Untrained, publisher: Publisher, steps: Steps, process) -> dict:
     """Changes and publishes once; waits until the sampler uses it. -> seconds by part."""
     time.sleep(SETTLE_S)
     policy.change()

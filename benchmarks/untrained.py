@@ -1,4 +1,4 @@
-"""A policy for a publisher that is not trained: its weights change a little between two publishes."""
+"""A policy for a publisher that nobody trains; its weights may change a little between two publishes."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ NOISE = 1e-3
 """Added to adapters, which begin with zeros."""
 
 
-class Changing:
+class Untrained:
     """What the publisher asks of a policy; `times` are those of its last publish."""
 
     def __init__(self, recipe: Recipe, directory: Path) -> None:
@@ -30,7 +30,7 @@ class Changing:
             for name, one in self.model.named_parameters()
             if one.requires_grad or not recipe.lora.rank
         ]
-        self.times: dict[str, float] = {}
+        self.times = {"canary": 0.0}
 
     @torch.no_grad()
     def change(self) -> None:
@@ -58,4 +58,4 @@ class Changing:
 
 
 if __name__ == "__main__":
-    raise SystemExit("a part of another benchmark: python -m benchmarks.weights")
+    raise SystemExit("a part of other benchmarks: python -m benchmarks.weights, python -m benchmarks.end_to_end")
