@@ -2,7 +2,8 @@
 
 `sdpa` is torch's, over all pairs of tokens, with a mask: t * t of them, most of them masked in a long row of short
 completions. `varlen` computes only pairs that see each other: each prompt and each completion is a sequence of its
-own for FlashAttention, a completion with the keys of its prompt before its own. The kernel comes with torch.
+own for FlashAttention, a completion with the keys of its prompt before its own. The kernel comes with torch; without a
+GPU the same is done by matrix products, one segment after the other.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from transformers import AttentionInterface
 
 CHANGES_SCORES = ("sliding_window", "softcap", "s_aux", "position_bias")
 """What some models ask of attention and `varlen` does not do."""
+PIECE = 512
+"""Queries whose scores are computed together without a GPU: all of a long prompt's would be gigabytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,7 @@ def varlen(
     h is a multiple of g. Without a GPU one segment after the other is computed.
     """
     unknown = [name for name in CHANGES_SCORES if others.get(name) is not None]
+    unknown += ["dropout"] * bool(others.get("dropout"))
     if unknown:
         raise NotImplementedError(f"varlen attention does not do {', '.join(unknown)}")
     queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
@@ -101,19 +105,26 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
 
 
 def _one_by_one(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    """The same in plain torch, in float32 as FlashAttention sums; the query heads of a key head in one product."""
+    """The same in plain torch, in float32 as FlashAttention sums; the query heads of a key head in one product.
+
+    Values may have another width than keys. Queries of a long segment come in pieces, which see fewer keys each.
+    """
     (t, h, d), g = queries.shape, keys.shape[1]
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    sizes = segments.queries.diff().tolist(), segments.keys.diff().tolist()
     by_head = queries.to(dtype).view(t, g, h // g, d).permute(1, 2, 0, 3) * (scaling or d**-0.5)
-    parts = [
-        by_head.split(sizes[0], dim=2),
-        *(part.to(dtype).transpose(0, 1).split(sizes[1], dim=1) for part in (keys, values)),
-    ]
+    seen = (part.to(dtype).transpose(0, 1).split(segments.keys.diff().tolist(), dim=1) for part in (keys, values))
     found = []
-    for q, k, v in zip(*parts, strict=True):
-        scores = (q.flatten(1, 2) @ k.mT).unflatten(1, q.shape[1:3])
-        later = torch.ones(scores.shape[2:], dtype=torch.bool).triu_(k.shape[1] - q.shape[2] + 1)
-        shares = scores.masked_fill_(later, -torch.inf).softmax(-1)
-        found.append((shares.flatten(1, 2) @ v).view(q.shape))
-    return torch.cat(found, dim=2).permute(2, 0, 1, 3).reshape(t, h, d).to(queries.dtype)
+    for q, k, v in zip(by_head.split(segments.queries.diff().tolist(), dim=2), *seen, strict=True):
+        reach = k.shape[1] - q.shape[2]
+        for piece in q.split(PIECE, dim=2):
+            reach += piece.shape[2]
+            found.append(_causal(piece, k[:, :reach], v[:, :reach]))
+    return torch.cat(found, dim=2).permute(2, 0, 1, 3).reshape(t, h, -1).to(queries.dtype)
+
+
+def _causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """queries [g, r, n, d], keys [g, m, d], values [g, m, w] -> [g, r, n, w]; the last query sees all keys."""
+    scores = (queries.flatten(1, 2) @ keys.mT).unflatten(1, queries.shape[1:3])
+    later = torch.ones(scores.shape[2:], dtype=torch.bool).triu_(scores.shape[3] - scores.shape[2] + 1)
+    shares = scores.masked_fill_(later, -torch.inf).softmax(-1)
+    return (shares.flatten(1, 2) @ values).unflatten(1, queries.shape[1:3])

@@ -21,7 +21,7 @@ Device = torch.device | str
 TOLERANCE = 0.02
 """Relative difference (2-norm) of two kernels in bfloat16, which keeps 8 bits; what is computed wrongly has about 1."""
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
-"""The output layer and the loss stay our own, in float32 and in chunks."""
+"""The output layer and the loss stay our own, in float32 and in blocks of the vocabulary."""
 
 
 def refuse_kernels(trainer: TrainerTable, dtype: torch.dtype, device: Device) -> None:
@@ -57,7 +57,9 @@ def choose_attention(wanted: str, model: PreTrainedModel, device: Device) -> tup
 
 def varlen_problem(model: PreTrainedModel, device: torch.device) -> str | None:
     """Why this model cannot be computed with `varlen` attention on this device; None where it can."""
-    if getattr(model.config, "attention_dropout", 0.0):
+    if not model._can_set_attn_implementation():
+        return "transformers has one attention for these models"
+    if any(getattr(model.config, name, None) for name in ("attention_dropout", "attn_pdrop")):
         return "the model has dropout in its attention"
     if getattr(model.config, "attn_logit_softcapping", None):
         return "the model caps its attention scores"

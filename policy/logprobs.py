@@ -1,8 +1,8 @@
 """Log-probs of given tokens: the one computation that sampler and trainer must do alike.
 
 Sequences are packed into one row, never padded, and a prompt that several completions share is computed once.
-Log-probs exist for completion tokens only, a chunk at a time: the full [tokens, vocabulary] logits of a row are
-never in memory, forward or backward.
+Log-probs exist for completion tokens only, and their logits for a block of the vocabulary at a time: the full [tokens,
+vocabulary] logits of a row are never in memory, forward or backward.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from policy.attention import Segments
+from protocol.errors import UserError
 
 Branches = tuple[np.ndarray, Sequence[np.ndarray]]
 """A prompt [m] and the completions [n_i] that continue it, as token ids."""
@@ -78,7 +79,7 @@ class TokenLogprobs(nn.Module):
     """A causal language model seen as a function from packed tokens to their log-probs.
 
     temperature: logits are divided by it first, as the sampler's are (processed log-probs).
-    chunk: completion positions whose logits exist at the same time.
+    chunk: as many logits exist at the same time as so many positions have.
     attention: `sdpa` or `varlen` (policy/attention.py); they differ by rounding.
     """
 
@@ -92,6 +93,8 @@ class TokenLogprobs(nn.Module):
     def attend_by(self, attention: str) -> None:
         self.attention = attention
         self.model.set_attn_implementation(attention)
+        if self.model.config._attn_implementation != attention:  # transformers only warns
+            raise UserError(f"{self.model.config.model_type} models cannot be computed with {attention} attention")
 
     def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """-> log-probs [n] and entropies [n], float32, in nats."""
@@ -121,7 +124,8 @@ class SelectedLogprobs(torch.autograd.Function):
         """With the largest logit m so far, `total` is the sum of exp(logit - m), `weighted` that of exp(logit - m)
         times (logit - m)."""
         top = hidden.new_full((len(hidden),), torch.finfo(torch.float32).min, dtype=torch.float32)
-        total, weighted, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+        total, weighted = torch.zeros_like(top), torch.zeros_like(top)
+        chosen = torch.full_like(top, torch.nan)  # what a target outside the vocabulary keeps
         blocks = _blocks(len(hidden), len(weight), chunk)
         for block in blocks:
             logits = _logits(hidden, weight[block], temperature)

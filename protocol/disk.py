@@ -40,6 +40,7 @@ def write_new(path: Path, chunks: Iterable[bytes | memoryview], mode: int = 0o64
     with os.fdopen(descriptor, "wb") as file:
         for chunk in chunks:
             file.write(chunk)
+            del chunk  # what it belongs to may be large
         file.flush()
         os.fsync(file.fileno())
 

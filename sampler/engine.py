@@ -118,9 +118,14 @@ class Engine:
             files = {name: await asyncio.to_thread(sealed.read, name) for name in sealed.manifest.files}
             return lambda: self._apply_adapter(files)
         await self._call("read_snapshot", (str(sealed.path), sha256, sealed.patience_s))
-        while None in (problems := await self._call("snapshot_read", (sealed.wanted(),))):
-            await asyncio.sleep(READ_POLL_S)
+        try:
+            while None in (problems := await self._call("snapshot_read", (sealed.wanted(),))):
+                await asyncio.sleep(READ_POLL_S)
+        except asyncio.CancelledError:  # this sampler ends: the reading threads must not wait for a slow disk
+            await self._call("snapshot_read", (False,))
+            raise
         if any(problems):
+            await self._call("forget_snapshot")
             raise Corrupt(next(filter(None, problems)))
         return lambda: self._call("apply_snapshot")
 

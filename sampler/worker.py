@@ -17,8 +17,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from protocol.snapshot import Corrupt, open_sealed
 
-READERS = 4
-"""Files that are read and hashed at the same time."""
+READERS = 2
+"""Files that are read and hashed at the same time; each is in memory twice meanwhile."""
 SAMPLER_PID = "VESPER_SAMPLER_PID"
 """Environment: the process whose death ends this one and its whole session."""
 
@@ -26,12 +26,12 @@ SAMPLER_PID = "VESPER_SAMPLER_PID"
 class Reading:
     """Reads a full snapshot in a thread, each file verified over the very bytes that are parsed; several side by side.
 
-    `problem` is "" when `shards` holds all of it.
+    `problem` is "" when `shards` holds all of it; `failure` is what ended the reading and is no fault of the files.
     """
 
     def __init__(self, path: Path, sha256: str, patience_s: float) -> None:
         self.wanted = True
-        self.problem = "it was not read to its end"
+        self.problem, self.failure = "", None
         self.shards: list[dict[str, Tensor]] = []
         self._arguments = path, sha256, None, patience_s, lambda: self.wanted
         self.thread = threading.Thread(target=self._read, name="snapshot", daemon=True)
@@ -43,9 +43,10 @@ class Reading:
             names = [name for name in sealed.manifest.files if name.endswith(".safetensors")]
             with ThreadPoolExecutor(READERS) as readers:
                 self.shards = list(readers.map(lambda name: load(sealed.read(name)), names))
-            self.problem = ""
         except Corrupt as error:
             self.problem = str(error)
+        except Exception as error:  # snapshot_read raises it
+            self.failure = error
 
 
 class SnapshotWorker:
@@ -61,10 +62,18 @@ class SnapshotWorker:
     def snapshot_read(self, wanted: bool) -> str | None:
         """What is wrong with it, or "" once all of it is here; None while it is being read.
 
-        Not wanted any more: the thread no longer waits for a slow disk.
+        Not wanted any more: the thread waits for a slow disk no longer. Raises what ended it and is no fault of files.
         """
         self.reading.wanted = wanted
-        return None if self.reading.thread.is_alive() else self.reading.problem
+        if self.reading.thread.is_alive():
+            return None
+        if self.reading.failure:
+            raise self.reading.failure
+        return self.reading.problem
+
+    def forget_snapshot(self) -> None:
+        """What was read is not loaded: another worker could not read it."""
+        del self.reading
 
     def apply_snapshot(self) -> None:
         """Replaces all weights by those that were read."""

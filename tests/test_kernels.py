@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, Phi3Config
+from transformers import AutoModelForCausalLM, DeepseekV2Config, FalconConfig, MistralConfig, Phi3Config
 
 from policy import attention, kernels
 from policy.attention import Segments, varlen
@@ -61,6 +61,37 @@ def test_varlen_is_sdpa_forward_and_backward(model, checkpointing):
         model.gradient_checkpointing_disable()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert (other - gradient).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("piece", [1, 3])
+def test_without_a_gpu_long_segments_come_in_pieces(model, monkeypatch, piece):
+    expected, gradient = scored(model, "sdpa", packed())
+    monkeypatch.setattr(attention, "PIECE", piece)
+    found, other = scored(model, "varlen", packed())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (other - gradient).norm() < 1e-5 * gradient.norm()
+
+
+TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_values_may_be_narrower_than_keys():
+    """As in DeepSeek's latent attention."""
+    width = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 4}
+    config = DeepseekV2Config(**TINY, **width, intermediate_size=64, first_k_dense_replace=2, num_key_value_heads=4)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    expected, gradient = scored(model, "sdpa", packed())
+    found, other = scored(model, "varlen", packed())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (other - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_a_model_whose_attention_cannot_be_chosen_keeps_its_own():
+    """transformers says so in a warning alone, and such a model would see no prompt."""
+    model = AutoModelForCausalLM.from_config(FalconConfig(**TINY), dtype=torch.float32)
+    assert choose_attention("auto", model, CPU) == ("sdpa", "transformers has one attention for these models")
+    with pytest.raises(UserError, match="falcon models cannot be computed with varlen"):
+        TokenLogprobs(model, 1.0, 7, "varlen")
 
 
 def test_a_completion_sees_its_prompt_and_itself_and_nothing_that_comes_later():

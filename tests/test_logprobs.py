@@ -80,6 +80,13 @@ def test_the_gradient_equals_autograd_through_full_logits_in_float64(chunk):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("outside", [-1, 11])
+def test_a_target_outside_the_vocabulary_has_no_log_prob(outside):
+    hidden, weight = torch.randn(2, 5), torch.randn(11, 5)
+    logprobs, _ = SelectedLogprobs.apply(hidden, weight, torch.tensor([3, outside]), 1.0, 1)
+    assert logprobs.isfinite().tolist() == [True, False]
+
+
 def test_logits_of_all_tokens_never_exist_together(model):
     """The largest tensor saved for backward is smaller than [tokens, vocabulary]."""
     sizes = []

@@ -1,4 +1,4 @@
-"""Where a step's groups come from: rank 0's hub thread serves the samplers, every rank gets the same bytes.
+"""Where a step's groups come from: rank 0's hub thread serves the samplers, every rank gets the same groups.
 
 The thread owns the socket; the desk (all protocol state) is shared under one lock. The training thread only calls
 `take`, `commit`, `start_exam`, `end_exam` and the like. While rank 0 waits for samplers, all ranks meet in a small
@@ -44,7 +44,7 @@ class Inbox:
         self._sound: Pulse | None = None
         self._changed = threading.Condition()
         self._closing = threading.Event()
-        self._ready: Callable[[Desk], list[Group] | None] | None = None
+        self._wanted: Callable[[Desk], list[Group] | None] | None = None
         """What the training thread waits for; it is woken when that is there, and not by every message."""
         self._found: list[Group] | None = None
         self._failure: BaseException | None = None
@@ -205,20 +205,20 @@ class Inbox:
         self._look_around()
         deadline = time.monotonic() + TURN_S
         with self._changed:
-            self._found, self._ready = None, ready
-            self._look()
+            self._found, self._wanted = None, ready
+            self._try()
             while self._found is None and not self._stopping.is_set() and self._failure is None:
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     break
-            self._ready = None
+            self._wanted = None
             return self._found
 
-    def _look(self) -> None:
+    def _try(self) -> None:
         """Either thread, for what the training thread waits for."""
         going_on = not self._stopping.is_set() and self._failure is None
-        if self._desk and self._ready and self._found is None and going_on:
-            self._found = self._ready(self._desk)
+        if self._desk and self._wanted and self._found is None and going_on:
+            self._found = self._wanted(self._desk)
 
     def _look_around(self) -> None:
         """What only the disk tells: a newer trainer, whose samplers will not come back to this one; a spoiled snapshot.
@@ -281,7 +281,7 @@ class Inbox:
                     if now >= next_tick:
                         letters += self._desk.tick(now)
                         next_tick = now + 1.0
-                    self._look()
+                    self._try()
                     if self._found is not None or self._desk.stop or self._stopping.is_set():
                         self._changed.notify_all()
                 for peer, message in letters:

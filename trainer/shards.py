@@ -97,7 +97,8 @@ def write_file(path: Path, entries: Sequence[Entry], tensors: Iterator[tuple[str
             hashing = hasher.submit(digest.update, chunk)
             size += len(chunk)
             yield chunk  # written meanwhile
-            hashing.result()  # the bytes are let go with the next tensor
+            hashing.result()
+            del chunk  # else its tensor would live on while the next one is gathered
 
     with ThreadPoolExecutor(1) as hasher:
         write_new(path, hashed(hasher))
