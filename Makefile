@@ -1,4 +1,4 @@
-# `make demo` watches a model learn, `make test` runs every test. Both install what they need into .venv first;
+# `make demo` watches a model learn, `make test` runs the tests. Both install what they need into .venv first;
 # the next call starts at once. Another Python: `make demo PYTHON=python3.12`. `make chaos FAULTS=1000 SEEDS=100000`
 # tries to make a run lose something. `make test INSTALL=--unconstrained` takes newer libraries than those of constraints/.
 
@@ -10,12 +10,15 @@ SEEDS ?= 2000
 INSTALL ?=
 TRAINER := .venv-trainer
 
-.PHONY: demo test test-fast chaos check clean trainer-venv constraints constraints-cpu constraints-gpu constraints-trainer
+.PHONY: demo test test-all test-fast chaos check clean trainer-venv constraints constraints-cpu constraints-gpu constraints-trainer
 
 demo: $(READY)
 	@$(RUN) -m launch recipes/demo.toml --fresh
 
 test: $(READY)
+	@$(RUN) -m pytest -ra -m "not long"
+
+test-all: $(READY)
 	@$(RUN) -m pytest -ra
 
 test-fast: $(READY)

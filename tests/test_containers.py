@@ -448,6 +448,7 @@ def test_asking_imports_no_engine():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_commands_of_the_cpu_profile_train_and_are_well_all_the_time(tmp_path):
     """Real engines, each started and asked by the words of image and compose file; the network is this machine's."""
     recipe, run, processes = make_recipe(tmp_path), tmp_path / "runs" / "tiny", {}

@@ -133,7 +133,9 @@ def all_over(processes: list[subprocess.Popen]) -> bool:
     return all(process.poll() is not None for process in processes)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "srun"])
+@pytest.mark.parametrize(
+    "launcher", ["deepspeed", *(pytest.param(name, marks=pytest.mark.long) for name in ("torchrun", "srun"))]
+)
 def test_a_signal_to_one_nodes_launcher_ends_all_resumably(nodes, model, tmp_path, launcher):
     """A third node samples. What two nodes have saved goes on on one."""
     with Run(tmp_path, model, nodes) as run:

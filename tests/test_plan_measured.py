@@ -10,7 +10,7 @@ from launch.plan.need import of_engine, of_rank
 from launch.plan.shape import described, shape_of
 from protocol.memory import GIB
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SETTINGS = [
     "model.dtype=float32",

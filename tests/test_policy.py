@@ -84,7 +84,7 @@ def alone(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(("world", "tokens"), [(1, 45), (2, 45)])
+@pytest.mark.parametrize(("world", "tokens"), [pytest.param(1, 45, marks=pytest.mark.long), (2, 45)])
 def test_gradients_and_updates_do_not_depend_on_stage_ranks_or_rows(tiny, alone, tmp_path, stage, world, tokens):
     cut = run(tiny, tmp_path, f"trainer.zero_stage={stage}", f"trainer.tokens_per_micro_batch={tokens}", world=world)
     assert cut[0]["rows"] > 2

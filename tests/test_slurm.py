@@ -331,6 +331,7 @@ def worker(path: Path, text: str) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sampler_node_that_dies_ends_the_job_and_its_code_is_known(slurm, recipe, tmp_path):
     """Of two sampler nodes the second one; the other workers would go on."""
     python = worker(
@@ -348,6 +349,7 @@ for _ in {1..600}; do sleep 0.1; done""",
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ranks_start_where_slurm_hands_the_jobs_cpus_to_every_step(slurm, recipe, tmp_path):
     python = worker(
         tmp_path / "python", 'echo "$2 $SLURM_NODEID $SLURM_LOCALID of $SLURM_STEP_NUM_TASKS$SLURM_TRES_PER_TASK"'
