@@ -17,6 +17,7 @@ import ctypes
 import gc
 import json
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -153,8 +154,11 @@ def memory(options: argparse.Namespace) -> list[dict[str, object]]:
             wanted = {name: value for name in same if (value := getattr(options, name))}
             command = [sys.executable, "-m", "benchmarks.trainer", "--memory", "--alone", "--ways", way]
             command += ["--checkpointing", checkpointing, *(f"--{name}={value}" for name, value in wanted.items())]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append({"way": way, "checkpointing": checkpointing, "GiB above rest": float(done.stdout.split()[-1])})
+            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+            if done.returncode not in (0, -signal.SIGKILL):
+                raise SystemExit(f"{way} ended with {done.returncode}")
+            peak = "killed for memory" if done.returncode else float(done.stdout.split()[-1])
+            rows.append({"way": way, "checkpointing": checkpointing, "GiB above rest": peak})
     return rows
 
 
