@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.processes import free_port
 from launch.local import Ended, Worker
 from protocol.errors import OutOfMemory
 from protocol.failure import failure
@@ -71,7 +72,8 @@ def test_a_rank_that_is_out_of_memory_says_so_and_is_not_started_again(tmp_path)
     rundir.make()
     settings = [f"model.path={make_model(tmp_path / 'model')}", "trainer.gpus=1", "trainer.backend=gloo"]
     rundir.recipe.write_text(dump(load(None, settings)))
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    place["MASTER_PORT"] = str(free_port())
     command = [sys.executable, "-c", HUNGRY, "--run", str(rundir.path)]
     log = tmp_path / "trainer.log"
     worker = Worker("trainer", command, rundir.path, log, place | {"PYTHONPATH": str(Path.cwd())})
