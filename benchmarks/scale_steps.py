@@ -13,10 +13,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 
 from benchmarks.processes import in_child
-from benchmarks.steps import SIZES, alone, forget_peak, made_up, peak_memory, random_model, recipe, step
+from benchmarks.steps import SIZES, alone, forget_peak, made_up, peak_memory, random_model, recipe, step, step_flops
 from protocol.memory import GIB
 from protocol.messages import Group
 from protocol.recipe import Recipe
@@ -26,7 +25,7 @@ from trainer.engine import Policy
 from trainer.ranks import Ranks
 
 PROMPT = 64
-VARIANT = "sdpa, checkpointing off"
+VARIANT = "varlen, checkpointing off"
 
 
 def lengths(values: Sequence[int], rounds: int) -> list[dict[str, object]]:
@@ -74,17 +73,7 @@ def cost(policy: Policy, micro: MicroBatch, rounds: int) -> dict[str, float]:
         step(policy, micro, VARIANT, peaks)
         seconds.append(time.process_time() - used)
         above.append((peaks[VARIANT][0] - resting) * GIB / 1e6)
-    return {"CPU ms": min(seconds[1:]) * 1e3, "MB": max(above), "flops": flops(policy, micro)}
-
-
-def flops(policy: Policy, micro: MicroBatch) -> float:
-    """Of a step: linear in the tokens, square in a row's for attention (sdpa computes all pairs), and the head's."""
-    head = policy.model.get_output_embeddings()
-    layers = [one for one in policy.model.modules() if isinstance(one, torch.nn.Linear) and one is not head]
-    tokens, config = micro.packed.input_ids.shape[1], policy.model.config
-    pairs = config.num_hidden_layers * config.hidden_size * tokens**2
-    linear = sum(one.weight.numel() for one in layers) * tokens + head.weight.numel() * len(micro.packed.targets)
-    return float(6 * linear + 12 * pairs)
+    return {"CPU ms": min(seconds[1:]) * 1e3, "MB": max(above), "flops": step_flops(policy, micro)}
 
 
 def beside_the_first(rows: list[dict], what: str) -> list[dict[str, object]]:
