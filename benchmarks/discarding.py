@@ -1,22 +1,14 @@
 """A trainer for one sampler that trains nothing: the real hub, desk and inbox, whose groups are thrown away."""
 
 import contextlib
-import os
-import threading
 from collections.abc import Iterator
 
-from benchmarks.processes import free_port
-from policy.agreement import agree
-from policy.model import load_tokenizer, locate
-from protocol.channel import Hub
-from protocol.keys import open_keys
+from benchmarks.rank_zero import rank_zero
 from protocol.messages import Group, Pulse
 from protocol.recipe import Recipe
-from protocol.rundir import Endpoint, RunDir
+from protocol.rundir import RunDir
 from protocol.snapshot import snapshot_id
-from trainer.desk import Desk
 from trainer.inbox import Inbox
-from trainer.ranks import Ranks
 
 
 class Discarding:
@@ -42,19 +34,13 @@ class Discarding:
 
 @contextlib.contextmanager
 def discarding(recipe: Recipe, rundir: RunDir) -> Iterator[Discarding]:
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    keys, directory = open_keys(rundir.keys), locate(recipe.model)
-    agreement = agree(keys.run_id, directory, load_tokenizer(directory), recipe)
-    desk = Desk(recipe=recipe, agreement=agreement, incarnation=rundir.claim_incarnation())
-    hub, stop = Hub(keys, "127.0.0.1", 0), threading.Event()
-    with Ranks("gloo", 1) as ranks, Inbox(ranks, desk, hub, stop, rundir) as inbox:
-        inbox.serve()
-        trainer = Discarding(inbox, desk.incarnation, recipe.trainer.prompts_per_step)
+    with rank_zero(rundir, recipe) as hub:
+        hub.inbox.serve()
+        trainer = Discarding(hub.inbox, hub.incarnation, recipe.trainer.prompts_per_step)
         trainer.commit()
-        rundir.write_endpoint(Endpoint(address=hub.address, incarnation=desk.incarnation, host="x"))
+        rundir.write_endpoint(hub.endpoint)
         yield trainer
-        stop.set()
+        hub.stop.set()
 
 
 if __name__ == "__main__":

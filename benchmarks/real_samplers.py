@@ -5,7 +5,6 @@ down slows both alike. Nothing is trained: one snapshot of the model itself, and
 """
 
 import contextlib
-import os
 import signal
 import sys
 import tempfile
@@ -14,21 +13,14 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import interleaved, spread
-from benchmarks.processes import free_port
+from benchmarks.rank_zero import rank_zero
 from benchmarks.untrained import Untrained
-from policy.agreement import agree
-from policy.model import load_tokenizer, locate
-from protocol.channel import Hub
-from protocol.keys import open_keys
 from protocol.process import end, signal_group, start
 from protocol.recipe import Recipe
 from protocol.resolve import dump, load
-from protocol.rundir import Endpoint, RunDir
+from protocol.rundir import RunDir
 from sampler.supervisor import REPLICA, environments
-from trainer.desk import Desk
 from trainer.inbox import Inbox
-from trainer.publish import Publisher
-from trainer.ranks import Ranks
 
 WINDOW_S, SETTLE_S, ROUNDS = 20.0, 4.0, 3
 SETTINGS = [
@@ -60,18 +52,12 @@ def measure() -> list[dict[str, object]]:
     recipe = load(Path("recipes/demo.toml"), SETTINGS)
     rundir.make()
     rundir.recipe.write_text(dump(recipe))
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
-    keys, directory = open_keys(rundir.keys), locate(recipe.model)
-    tokenizer = load_tokenizer(directory)
-    agreement = agree(keys.run_id, directory, tokenizer, recipe)
-    desk = Desk(recipe=recipe, agreement=agreement, incarnation=rundir.claim_incarnation())
-    hub, stop = Hub(keys, "127.0.0.1", 0), threading.Event()
-    with Ranks("gloo", 1) as ranks, Inbox(ranks, desk, hub, stop, rundir) as inbox:
-        pulse = Publisher(rundir, keys.run_id, desk.incarnation, tokenizer).publish(Untrained(recipe, directory), True)
+    with rank_zero(rundir, recipe) as trainer:
+        inbox, stop = trainer.inbox, trainer.stop
+        pulse = trainer.publisher.publish(Untrained(recipe, trainer.directory), True)
         inbox.serve()
         inbox.commit(pulse, 0)
-        rundir.write_endpoint(Endpoint(address=hub.address, incarnation=desk.incarnation, host="x"))
+        rundir.write_endpoint(trainer.endpoint)
         with samplers(rundir, recipe, 2) as pair:
             consumer = threading.Thread(target=consume, args=(inbox, recipe, pulse), daemon=True)
             consumer.start()

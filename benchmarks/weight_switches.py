@@ -13,26 +13,20 @@ from pathlib import Path
 
 from benchmarks.child import tidy_when_stopped
 from benchmarks.measure import emit
-from benchmarks.processes import free_port
+from benchmarks.rank_zero import rank_zero
 from benchmarks.untrained import CHANGE, Untrained
 from benchmarks.weights_notes import NOTES, percentile, stall
-from policy.agreement import agree
-from policy.model import load_tokenizer, locate
-from protocol.channel import Hub
-from protocol.keys import open_keys
 from protocol.messages import Pulse
 from protocol.metrics import read_metrics
 from protocol.process import end, start
 from protocol.recipe import Recipe
 from protocol.resolve import dump, load
-from protocol.rundir import Endpoint, RunDir
+from protocol.rundir import RunDir
 from protocol.snapshot import remove
 from sampler.supervisor import environments
 from trainer import publish, shards
-from trainer.desk import Desk
 from trainer.inbox import Inbox
 from trainer.publish import Publisher
-from trainer.ranks import Ranks
 from trainer.shards import Entry
 
 PARTS = ("canary", "write", "announce", "read", "pause", "load", "first")
@@ -80,19 +74,12 @@ def limit_shards(limit: int) -> None:
 
 def run(rundir: RunDir, recipe: Recipe, publishes: int) -> list[dict]:
     """One sampler, and as many switches of its weights after a first one that does not count."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
-    keys, directory = open_keys(rundir.keys), locate(recipe.model)
-    tokenizer = load_tokenizer(directory)
-    agreement = agree(keys.run_id, directory, tokenizer, recipe)
-    desk = Desk(recipe=recipe, agreement=agreement, incarnation=rundir.claim_incarnation())
-    hub, stop = Hub(keys, "127.0.0.1", 0), threading.Event()
-    with Ranks("gloo", 1) as ranks, Inbox(ranks, desk, hub, stop, rundir) as inbox:
-        policy, publisher = Untrained(recipe, directory), Publisher(rundir, keys.run_id, desk.incarnation, tokenizer)
+    with rank_zero(rundir, recipe) as trainer:
+        policy, publisher = Untrained(recipe, trainer.directory), trainer.publisher
         policy.change()
-        steps = Steps(inbox, stop, publisher.publish(policy, True))
+        steps = Steps(trainer.inbox, trainer.stop, publisher.publish(policy, True))
         steps.begin()
-        rundir.write_endpoint(Endpoint(address=hub.address, incarnation=desk.incarnation, host="x"))
+        rundir.write_endpoint(trainer.endpoint)
         with sampler(rundir, recipe) as process:
             try:
                 wait(process, lambda: len(notes(rundir)) > 0, 300.0)
