@@ -8,6 +8,9 @@ from protocol.recipe import Recipe
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told to be ready for."""
+IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""The model computes in the scheduler's process, as on one GPU. By itself vLLM gives it another one on CPUs, to set its
+OpenMP variables there (`environments` does), and each of the two spins on a core while the other works."""
 
 
 def engine_arguments(recipe: Recipe, directory: Path, gpu: bool, seed: int) -> dict:
@@ -32,6 +35,8 @@ def engine_arguments(recipe: Recipe, directory: Path, gpu: bool, seed: int) -> d
         arguments["gpu_memory_utilization"] = sampler.gpu_memory
     else:  # the CPU backend takes blocks of 32 tokens and multiples; its default is too long to share short prompts
         arguments |= {"kv_cache_memory_bytes": int(sampler.cpu_kv_cache_gb * 2**30), "block_size": 32}
+        if sampler.tensor_parallel == 1:
+            arguments["distributed_executor_backend"] = IN_PROCESS
     if lora.rank:
         arguments |= {
             "enable_lora": True,

@@ -171,7 +171,7 @@ class Engine:
         return last
 
     async def _call(self, method: str, arguments: tuple[str | float, ...] = ()) -> list:
-        """Of the worker extension, in every worker process."""
+        """Of the worker extension, in every worker."""
         try:
             return await self._llm.collective_rpc(method, args=arguments)
         except EngineDeadError as error:

@@ -1,4 +1,4 @@
-"""Runs inside vLLM's worker process: loads a verified snapshot in place, and ends it when the sampler is gone.
+"""Runs inside vLLM's worker: loads a verified snapshot in place, and ends it when the sampler is gone.
 
 vLLM calls the methods by name with strings and numbers; no object crosses the process border. vLLM's engine processes
 survive the death of their parent, so a thread here looks after that.

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -125,6 +126,12 @@ def test_sampled_logprobs_are_the_trainers_at_the_sampling_temperature(running):
     assert {one.finish for one in sampled} <= {"stop", "length"} and all(len(one.tokens) for one in sampled)
     specials = load_tokenizer(running.model).all_special_ids
     assert [one.specials for one in sampled] == [sum(t in specials for t in one.tokens[:-1]) for one in sampled]
+
+
+def test_one_process_schedules_and_computes(running):
+    """On CPUs vLLM by itself starts two, and each spins on a core while the other works."""
+    names = [child.name() for child in psutil.Process().children(recursive=True)]
+    assert any("EngineCore" in name for name in names) and not any("Worker" in name for name in names)
 
 
 def test_only_the_time_with_requests_counts_as_busy(running):
