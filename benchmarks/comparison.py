@@ -1,7 +1,7 @@
 """The table of `benchmarks.end_to_end`: medians over the rounds; ratios are of windows of the same round."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from benchmarks.measure import spread
 from benchmarks.window import Window, bounds
@@ -26,30 +26,31 @@ def row(workload: str, name: str, rounds: Rounds, found: Mapping[str, Rounds]) -
     rate = spread([one.rate for one in windows])
     return {
         "workload": workload, "system": name, "rollouts/s": rate["median"], "min": rate["min"], "max": rate["max"],
-        "tokens/s": median(lambda one: one.tokens / one.seconds), "s a step": median(lambda one: one.step_s),
-        **ratio(rounds, found.get("ours", {})), **(limits(rounds, found) if name in SAME_WORK else {}),
+        "tokens/s": median(lambda one: one.token_rate), "length": median(lambda one: one.tokens / one.rollouts),
+        "s a step": median(lambda one: one.step_s), **ratios(rounds, found.get("ours", {})),
+        **(limits(rounds, found) if name in SAME_WORK else {}),
         "waited": median(lambda one: one.waited), "published": median(lambda one: one.published),
         "idle": median(lambda one: one.idle), "wasted": median(lambda one: one.wasted),
-        "staleness": median(lambda one: one.staleness), "signal/s": median(lambda one: one.rate * (1 - one.dead)),
-        "cpu s a step": costs(windows),
+        "staleness": median(lambda one: one.staleness), "signal/s": median(lambda one: one.signal_rate),
+        **{f"{name} cpu s": median(lambda one, name=name: one.cpu_s[name]) for name in windows[0].cpu_s},
         "peak GB": median(lambda one: one.peak_gb),
     }  # fmt: skip
 
 
-def costs(windows: Sequence[Window]) -> str:
-    """Processor seconds by process: "trainer 28.4, sampler 15.5"."""
-    names = windows[0].cpu_s
-    return ", ".join(f"{name} {statistics.median(one.cpu_s[name] for one in windows):.3g}" for name in names)
-
-
-def ratio(rounds: Rounds, ours: Rounds) -> dict[str, object]:
-    """How many times the rate of a system ours has."""
-    times = [ours[number].rate / window.rate for number, window in rounds.items() if number in ours]
-    return {"ours is": f"{middle(times):.2f}x"} if times else {}
+def ratios(rounds: Rounds, ours: Rounds) -> dict[str, object]:
+    """How many times the rate of a system ours has: of rollouts with their spread, and of tokens."""
+    pairs = [(ours[number], window) for number, window in rounds.items() if number in ours]
+    if not pairs:
+        return {}
+    times = spread([one.rate / window.rate for one, window in pairs])
+    return {
+        "ours / it": round(times["median"], 2), "least": round(times["min"], 2), "most": round(times["max"], 2),
+        "by tokens": middle([one.token_rate / window.token_rate for one, window in pairs]),
+    }  # fmt: skip
 
 
 def limits(rounds: Rounds, found: Mapping[str, Rounds]) -> dict[str, object]:
-    """The two bounds, and the share of the one for shared cores that is reached."""
+    """What the two alone reach in turns, and with hardware of its own for each; our share of the former."""
     sampler, trainer = found.get("sampler-alone", {}), found.get("trainer-alone", {})
     known = {
         number: bounds(window.rollouts // window.steps, sampler[number].step_s, trainer[number].step_s)
@@ -61,8 +62,8 @@ def limits(rounds: Rounds, found: Mapping[str, Rounds]) -> dict[str, object]:
     reached = [rounds[number].rate / bound["shared"] for number, bound in known.items()]
     columns = {"N/(G+L)": "shared", "N/max(G,L)": "own"}
     return {title: middle([bound[name] for bound in known.values()]) for title, name in columns.items()} | {
-        "efficiency": middle(reached)
-    }
+        "efficiency": middle(reached), "from": round(min(reached), 3), "to": round(max(reached), 3),
+    }  # fmt: skip
 
 
 def middle(values: list[float] | tuple[float, ...]) -> float | str:

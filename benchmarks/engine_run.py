@@ -1,7 +1,8 @@
-"""The two engines of `benchmarks.sampler`, each in a process of its own: bare `vllm.LLM`, and the sampler's own parts.
+"""The engines of `benchmarks.sampler`, each in a process of its own: bare `vllm.LLM`, and the sampler's own parts.
 
-Both have the same model, arguments, threads and sampling settings; each measurement answers other prompts, so that
-none finds another's in the prefix cache.
+Bare vLLM is what it makes of itself, but for what the sampler's recipe sets: model, dtype, seed, longest sequence,
+sequences at once, size of the KV cache, its blocks of 32 tokens (without a GPU), prefix caching, compilation, number of
+threads, sampling. Each measurement answers other prompts, so that none finds another's in the prefix cache.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from protocol.rundir import RunDir
 from protocol.snapshot import snapshot_id
 from sampler.answer import Answerer
 from sampler.arguments import engine_arguments
-from sampler.engine import Engine
+from sampler.engine import Engine, sampling_parameters
 from sampler.link import Link
 from sampler.loop import sample
 from sampler.prompts import Prompt, fingerprint, load_prompts
@@ -38,19 +39,24 @@ from sampler.rewards.pool import RewardPool
 from sampler.sampling import end_tokens, settings
 from sampler.session import Load, Session
 
-OURS = {"worker_extension_cls", "logprobs_mode"}
-"""Arguments that bare vLLM has no use for; the second costs time in each step, also without log-probs."""
+OURS = {"worker_extension_cls", "logprobs_mode", "disable_log_stats"}
+"""Arguments that `vllm.LLM` has no use for: the second costs time in each step, also without log-probs, and so does the
+third, which counts."""
+WITHOUT = {"bare": OURS | {"distributed_executor_backend"}, "in-process": OURS}
+
+
+def sampling(recipe: Recipe, directory: Path, fixed: bool) -> tuple[dict, list[int]]:
+    """Settings in vLLM's words, and the tokens that end a completion. fixed: nothing but `sampling.max_tokens` does."""
+    found = settings(recipe, "train")
+    if fixed:
+        return found | {"ignore_eos": True, "stop": []}, []
+    return found, end_tokens(recipe, directory, load_tokenizer(directory))
 
 
 def plain(recipe: Recipe, directory: Path, fixed: bool) -> SamplingParams:
-    """As the recipe samples, without log-probs. fixed: every completion has `sampling.max_tokens`."""
-    ends = end_tokens(recipe, directory, load_tokenizer(directory))
-    return SamplingParams(
-        **settings(recipe, "train"),
-        stop_token_ids=[] if fixed else ends,
-        ignore_eos=fixed,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    """As the recipe samples, without log-probs."""
+    found, ends = sampling(recipe, directory, fixed)
+    return SamplingParams(**found, stop_token_ids=ends, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 class MeasuredEngine(Engine):
@@ -58,9 +64,7 @@ class MeasuredEngine(Engine):
 
     def __init__(self, recipe: Recipe, directory: Path, *, fixed: bool) -> None:
         super().__init__(recipe, directory, directory, gpu=torch.cuda.is_available(), seed=recipe.seed)
-        if fixed:
-            self._parameters["train"].ignore_eos = True
-            self._parameters["train"].stop_token_ids = []
+        self._parameters["train"] = sampling_parameters(*sampling(recipe, directory, fixed))
         self._plain = plain(recipe, directory, fixed)
 
     async def without_logprobs(self, prompt: Prompt) -> int:
@@ -150,11 +154,16 @@ async def _answered(answerer: Answerer, row: int) -> int:
     return sum(span.end - span.start for completion in group.completions for span in completion.spans)
 
 
-def bare(recipe: Recipe, directory: Path, fixed: bool, out) -> None:
+def bare_arguments(kind: str, recipe: Recipe, directory: Path) -> dict:
+    """Of `vllm.LLM`. kind: see WITHOUT."""
+    arguments = engine_arguments(recipe, directory, torch.cuda.is_available(), recipe.seed)
+    return {name: value for name, value in arguments.items() if name not in WITHOUT[kind]}
+
+
+def bare(kind: str, recipe: Recipe, directory: Path, fixed: bool, out) -> None:
     """`vllm.LLM`, given all prompts at once."""
     prompts = load_prompts(recipe.data.train, recipe.data.limit, recipe.data, load_tokenizer(directory))
-    arguments = engine_arguments(recipe, directory, torch.cuda.is_available(), recipe.seed)
-    llm = LLM(**{key: value for key, value in arguments.items() if key not in OURS})
+    llm = LLM(**bare_arguments(kind, recipe, directory))
     parameters = plain(recipe, directory, fixed)
 
     def take(request: dict) -> dict[str, float]:
@@ -175,8 +184,8 @@ def main() -> None:
     wanted = json.loads(sys.argv[1])
     recipe = load(Path(wanted["recipe"]), [])
     directory = locate(recipe.model)
-    if wanted["kind"] == "bare":
-        bare(recipe, directory, wanted["fixed"], out)
+    if wanted["kind"] in WITHOUT:
+        bare(wanted["kind"], recipe, directory, wanted["fixed"], out)
     else:
         asyncio.run(Sampler(recipe, directory, Path(wanted["run"]), wanted["fixed"]).serve(out))
 

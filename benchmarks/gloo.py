@@ -6,14 +6,17 @@ CPU tensors over the loopback. CUDA tensors are copied to host memory and back b
 """
 
 import argparse
-import multiprocessing
-import socket
+import tempfile
 import time
+from pathlib import Path
 
+import msgspec
 import torch
 import torch.distributed as dist
 
+from benchmarks.child import tidy_when_stopped
 from benchmarks.measure import emit, spread
+from benchmarks.processes import Children, free_port
 
 RANKS = 2
 SIZES = (2**20, 2**24, 2**26)
@@ -29,21 +32,21 @@ def main() -> None:
     flags = argparse.ArgumentParser("benchmarks.gloo", description=__doc__.splitlines()[0])
     flags.add_argument("--rounds", type=int, default=5)
     rounds = flags.parse_args().rounds
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    found = spawn.SimpleQueue()
-    others = [spawn.Process(target=rank, args=(number, port, rounds, found), daemon=True) for number in range(RANKS)]
-    for other in others:
-        other.start()
-    rows = found.get()
-    for other in others:
-        other.join()
-    emit("gloo", rows, ranks=RANKS, rounds=rounds)
+    tidy_when_stopped()
+    emit("gloo", measured(rounds), ranks=RANKS, rounds=rounds)
 
 
-def rank(number: int, port: int, rounds: int, found) -> None:
+def measured(rounds: int) -> list[dict[str, object]]:
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="gloo-") as name, Children(Path(name) / "log") as children:
+        out = Path(name) / "rows"
+        for number in range(RANKS):
+            children.start(lambda n=number: rank(n, port, rounds, out))
+        children.wait()
+        return msgspec.json.decode(out.read_bytes())
+
+
+def rank(number: int, port: int, rounds: int, out: Path) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, RANKS, is_master=number == 0)
     dist.init_process_group("gloo", store=store, rank=number, world_size=RANKS)
@@ -52,7 +55,7 @@ def rank(number: int, port: int, rounds: int, found) -> None:
         for (kind, size), taken in seconds.items():
             taken.append(once(kind, size))
     if number == 0:
-        found.put([row(kind, size, taken) for (kind, size), taken in seconds.items()])
+        out.write_bytes(msgspec.json.encode([row(kind, size, taken) for (kind, size), taken in seconds.items()]))
     dist.destroy_process_group()
 
 

@@ -13,16 +13,17 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from benchmarks.child import tidy_when_stopped
 from benchmarks.hub_load import Size, agreed, answer_all, beats, make_group, make_recipe
 from benchmarks.hub_parts import broadcast, parts
 from benchmarks.measure import emit
-from benchmarks.processes import forked, free_port, memory_mb, stop_all, thread_seconds
+from benchmarks.processes import Children, free_port, memory_mb, thread_seconds
 from protocol import codec
 from protocol.channel import Hub
 from protocol.keys import Keys, open_keys
@@ -39,27 +40,28 @@ SHA = "0" * 64
 
 def carried(size: Size, clients: int, seconds: float) -> dict[str, object]:
     """One load for so many seconds, after two more in which the clients join."""
-    rundir = RunDir(Path(tempfile.mkdtemp(prefix="hub-")))
-    rundir.make()
-    recipe, keys = make_recipe(size), open_keys(rundir.keys)
-    want = max(2, 128 // clients)
-    children = [
-        forked(lambda n=n: asyncio.run(answer_all(rundir, recipe, size, n, want, {})), rundir.path / "clients.log")
-        for n in range(clients)
-    ]
-    answers, out, log = rundir.path / "beats", rundir.path / "result.json", rundir.path / "hub.log"
-    server = forked(lambda: out.write_bytes(msgspec.json.encode(serve(rundir, recipe, size, keys, seconds))), log)
-    children.append(forked(lambda: asyncio.run(beats(rundir, recipe, size, answers)), rundir.path / "beats.log"))
-    os.waitpid(server, 0)
-    stop_all(children)
-    if not out.exists():
-        raise SystemExit(log.read_text()[-2000:])
-    found = msgspec.json.decode(out.read_bytes())
-    times = [float(line) for line in answers.read_text().split()]
+    with tempfile.TemporaryDirectory(prefix="hub-") as name, Children(Path(name) / "log") as children:
+        rundir = RunDir(Path(name))
+        rundir.make()
+        recipe, keys, answers, out = make_recipe(size), open_keys(rundir.keys), Path(name) / "beats", Path(name) / "out"
+        want = max(2, 128 // clients)
+        for number in range(clients):
+            children.start(lambda n=number: asyncio.run(answer_all(rundir, recipe, size, n, want, {})))
+        children.start(lambda: asyncio.run(beats(rundir, recipe, size, answers)))
+        server = children.start(
+            lambda: out.write_bytes(msgspec.json.encode(serve(rundir, recipe, size, keys, seconds)))
+        )
+        children.wait(server)
+        return figures(size, clients, msgspec.json.decode(out.read_bytes()), answers.read_text().split())
+
+
+def figures(size: Size, clients: int, found: Mapping, answers: Sequence[str]) -> dict[str, object]:
+    """found: what `serve` returned; answers: seconds until each beat was answered."""
+    times = [float(line) for line in answers]
     late = np.quantile(times[len(times) // 3 :] or [float("nan")], [0.5, 0.99]) * 1e3
     size_bytes = len(codec.encode(make_group(size)))
     return {
-        "group": size.name, "ref": size.reference, "clients": clients, "kB": round(size_bytes / 1e3, 1),
+        **size.facts, "ref": size.reference, "clients": clients, "kB": round(size_bytes / 1e3, 1),
         "groups/s": round(found["rate"], 1), "completions/s": round(found["rate"] * size.completions),
         "MB/s": round(found["rate"] * size_bytes / 1e6, 1),
         **{name: round(share, 2) for name, share in found["busy"].items()},
@@ -119,13 +121,14 @@ def main() -> None:
     flags.add_argument("--seconds", type=float, default=4.0, help="of each load")
     flags.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="with groups of 8 x 512")
     options = flags.parse_args()
+    tidy_when_stopped()
     short, long = Size(), Size(completions=16, length=4096)
     loads = [(short, count) for count in options.clients]
     loads += [(size._replace(reference=reference), 4) for size in (short, long) for reference in (False, True)][1:]
     emit("hub", [carried(*one, options.seconds) for one in loads], prompts_per_step=64, prompt_tokens=short.prompt)
     sizes = [size._replace(reference=True) for size in (short, long)]
-    emit("hub: parts", [{"group": size.name} | parts(size) for size in sizes])
-    emit("hub: broadcast", [{"group": size.name} | broadcast([make_group(size)] * 16) for size in sizes])
+    emit("hub: parts", [size.facts | row for size in sizes for row in parts(size)])
+    emit("hub: broadcast", [size.facts | broadcast([make_group(size)] * 16) for size in sizes])
 
 
 if __name__ == "__main__":

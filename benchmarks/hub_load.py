@@ -32,8 +32,8 @@ class Size(NamedTuple):
     reference: bool = False
 
     @property
-    def name(self) -> str:
-        return f"{self.completions} x {self.length}"
+    def facts(self) -> dict[str, int]:
+        return {"completions": self.completions, "length": self.length}
 
     @property
     def tokens(self) -> int:

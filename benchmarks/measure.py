@@ -1,5 +1,7 @@
 """What every benchmark shares: interleaved repetitions, medians with their spread, a table, and one line of JSON."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -9,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from protocol.versions import libraries
 
 
 def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -33,9 +37,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, object]:
-    """What a figure depends on: processor, cores, the commit that was measured."""
+    """What a figure depends on: processor, cores, the commit that was measured, versions of what is installed."""
     model = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line[:10] == "model name"), "")
-    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "commit": _commit()}
+    return {
+        "cpu": model or platform.processor(), "cores": os.cpu_count(), "commit": _commit(), "versions": _versions(),
+    }  # fmt: skip
 
 
 def emit(name: str, rows: Sequence[Mapping[str, object]], **facts: object) -> None:
@@ -49,11 +55,21 @@ def emit(name: str, rows: Sequence[Mapping[str, object]], **facts: object) -> No
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _versions() -> dict[str, str]:
+    """Of Python, the engines and TRL, which is only measured against; nothing is imported for it."""
+    found = libraries()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["trl"] = importlib.metadata.version("trl")
+    return found
 
 
 def _commit() -> str:

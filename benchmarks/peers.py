@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.processes import free_port
 from benchmarks.window import Window, window
 from launch.local import last_words
-from protocol.errors import RunError
+from protocol.errors import RunError, UserError
 from protocol.memory import _tree, tree_gb
 from protocol.metrics import read_metrics
 from protocol.process import _stat, start
@@ -24,6 +24,8 @@ from sampler.supervisor import REPLICA, environments
 
 PATIENCE_S = 1800.0
 """For a whole run: on a busy machine TRL's start alone may take minutes."""
+CORES = 2
+"""That all processes of a system share: the demo's two ranks and its sampler are laid out for so many."""
 POLL_S = 0.5
 MEMORY_S = 15.0
 """Between two looks at all processes' memory, which cost the kernel a walk over their pages."""
@@ -43,7 +45,6 @@ class Workload:
     warm: int
     steps: int
     dtype: str
-    cores: int
 
     def settings(self) -> list[str]:
         return [*SETTINGS, f"sampling.max_tokens={self.tokens}", f"model.dtype={self.dtype}"]
@@ -51,12 +52,13 @@ class Workload:
 
 Processes = dict[str, subprocess.Popen]
 """By name; logs/NAME.log holds what each says."""
-Begin = Callable[["Peer", Workload, RunDir], Processes]
+Started = Iterator[tuple[str, subprocess.Popen]]
+Begin = Callable[["Peer", Workload, RunDir], Started]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """begin: starts its processes, which leave records. settings: of the recipe, on top of the workload's.
+    """begin: starts its processes one by one, which leave records. settings: of the recipe, on top of the workload's.
     behind: steps that it goes on after the window."""
 
     begin: Begin
@@ -73,12 +75,15 @@ class Peer:
         return load(Path("recipes/demo.toml"), [*workload.settings(), f"trainer.steps={steps}", *self.settings])
 
     def measure(self, workload: Workload, directory: Path) -> Window:
-        """One whole life in an empty directory. Raises RunError where a process ends too early."""
+        """One whole life. Raises RunError where a process ends too early, UserError where a run has been before."""
         recipe, rundir = self.recipe(workload), RunDir(directory)
+        if (rundir.metrics / "trainer.jsonl").exists():
+            raise UserError(f"{directory} holds an earlier run, whose records would be read; use another --keep")
         rundir.make()
         rundir.recipe.write_text(dump(recipe))
-        children = self.begin(self, workload, rundir)
+        children: Processes = {}
         try:
+            children.update(self.begin(self, workload, rundir))
             peak, cpu = watched(children, rundir, workload.warm, workload.steps)
         finally:
             for child in children.values():
@@ -148,34 +153,46 @@ def begin_sampler(recipe: Recipe, workload: Workload, rundir: RunDir) -> subproc
     return launch(rundir, "sampler", "benchmarks.fixed_sampler", *run, **own)
 
 
-def begin_ours(peer: Peer, workload: Workload, rundir: RunDir) -> Processes:
-    trainer = launch(rundir, "trainer", "trainer", "--run", rundir.path)
-    return {"trainer": trainer, "sampler": begin_sampler(peer.recipe(workload), workload, rundir)}
+def begin_ours(peer: Peer, workload: Workload, rundir: RunDir) -> Started:
+    yield "trainer", launch(rundir, "trainer", "trainer", "--run", rundir.path)
+    yield "sampler", begin_sampler(peer.recipe(workload), workload, rundir)
 
 
-def begin_trl(peer: Peer, workload: Workload, rundir: RunDir) -> Processes:
+def begin_unskipped(peer: Peer, workload: Workload, rundir: RunDir) -> Started:
+    yield from begin_ranks(peer.recipe(workload), rundir, "benchmarks.unskipped", "--run", rundir.path)
+    yield "sampler", begin_sampler(peer.recipe(workload), workload, rundir)
+
+
+def begin_trl(peer: Peer, workload: Workload, rundir: RunDir) -> Started:
     flags = [rundir.recipe, rundir.metrics / "trainer.jsonl", *peer.flags, *["--fixed"] * workload.fixed]
-    return {"trl": launch(rundir, "trl", "benchmarks.trl_step", *flags, OMP_NUM_THREADS=str(workload.cores))}
+    yield "trl", launch(rundir, "trl", "benchmarks.trl_step", *flags, OMP_NUM_THREADS=str(CORES))
 
 
-def begin_sampler_alone(peer: Peer, workload: Workload, rundir: RunDir) -> Processes:
-    hub = launch(rundir, "hub", "benchmarks.sampler_alone", "--run", rundir.path)
-    return {"hub": hub, "sampler": begin_sampler(peer.recipe(workload), workload, rundir)}
+def begin_sampler_alone(peer: Peer, workload: Workload, rundir: RunDir) -> Started:
+    yield "hub", launch(rundir, "hub", "benchmarks.sampler_alone", "--run", rundir.path)
+    yield "sampler", begin_sampler(peer.recipe(workload), workload, rundir)
 
 
-def begin_trainer_alone(peer: Peer, workload: Workload, rundir: RunDir) -> Processes:
-    """Ranks as torchrun would start them, on what the run beside this one (`ours`) has recorded."""
-    world = peer.recipe(workload).trainer.gpus
-    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(free_port())}
+def begin_trainer_alone(peer: Peer, workload: Workload, rundir: RunDir) -> Started:
+    """On what the run beside this one (`ours`) has recorded."""
     flags = (rundir.path.with_name("ours"), "--run", rundir.path)
-    ranks = {f"rank-{rank}": common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)}
-    return {name: launch(rundir, name, "benchmarks.trainer_alone", *flags, **own) for name, own in ranks.items()}
+    yield from begin_ranks(peer.recipe(workload), rundir, "benchmarks.trainer_alone", *flags)
+
+
+def begin_ranks(recipe: Recipe, rundir: RunDir, module: str, *flags: object) -> Started:
+    """As torchrun would start them."""
+    world = str(recipe.trainer.gpus)
+    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(free_port())}
+    for rank in map(str, range(recipe.trainer.gpus)):
+        yield f"rank-{rank}", launch(rundir, f"rank-{rank}", module, *flags, RANK=rank, LOCAL_RANK=rank, **common)
 
 
 PEERS = {
     "ours": Peer(begin=begin_ours),
-    "sampler-alone": Peer(begin=begin_sampler_alone, settings=["trainer.max_staleness=1000000", "sampler.threads=2"]),
+    "sampler-alone": Peer(
+        begin=begin_sampler_alone, settings=["trainer.max_staleness=1000000", f"sampler.threads={CORES}"]
+    ),
     "trainer-alone": Peer(begin=begin_trainer_alone),
     "trl-colocate": Peer(begin=begin_trl, flags=["--vllm"], behind=0),
     "trl-colocate-patched": Peer(begin=begin_trl, flags=["--vllm", "--patched"], behind=0),
@@ -184,6 +201,7 @@ PEERS = {
     "ours-staleness-0": Peer(begin=begin_ours, settings=["trainer.max_staleness=0"]),
     "ours-float32": Peer(begin=begin_ours, settings=["model.dtype=float32"]),
     "ours-gsm8k": Peer(begin=begin_ours, settings=['reward=[{function="gsm8k"}]']),
+    "ours-gsm8k-unskipped": Peer(begin=begin_unskipped, settings=['reward=[{function="gsm8k"}]']),
     "ours-gsm8k-refill": Peer(begin=begin_ours, settings=['reward=[{function="gsm8k"}]', "trainer.refill=1.0"]),
 }
 

@@ -5,12 +5,46 @@ import os
 import signal
 import socket
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
+
+
+class Children:
+    """Use with `with`: none of them is left behind it, however it ends. What they print goes to `log`."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._running: list[int] = []
+
+    def start(self, work: Callable[[], object], **environment: object) -> int:
+        """Runs `work` in a child, which fails where that raises. -> its process id"""
+        self._running.append(forked(work, self._log, **environment))
+        return self._running[-1]
+
+    def wait(self, *awaited: int) -> None:
+        """For these, or for all. Exits with the last words of the log as soon as any child fails."""
+        left = set(awaited or self._running)
+        while left & set(self._running):
+            for child in list(self._running):
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    self._running.remove(child)
+                if status:
+                    raise SystemExit(last_words(self._log))
+            time.sleep(0.005)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._running:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def forked(work: Callable[[], object], log: Path, **environment: object) -> int:
@@ -32,20 +66,22 @@ def forked(work: Callable[[], object], log: Path, **environment: object) -> int:
     os._exit(0)
 
 
-def in_child(work: Callable[[], object]) -> Any:
-    """What `work` returned in a process of its own, as JSON carries it. Exits where that failed."""
+def last_words(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:] if log.exists() else "a child ended before it could say why"
+
+
+def in_child(work: Callable[[Path], object]) -> Any:
+    """What `work` returned in a process of its own, as JSON carries it. Exits where that failed.
+
+    It gets an empty directory, which this process removes: a child that is killed could not.
+    """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        out, log = Path(name) / "out", Path(name) / "log"
-        os.waitpid(forked(lambda: out.write_bytes(msgspec.json.encode(work())), log), 0)
-        if not out.exists():
-            raise SystemExit(log.read_text()[-2000:])
+        out, own = Path(name) / "out", Path(name) / "own"
+        own.mkdir()
+        with Children(Path(name) / "log") as children:
+            children.start(lambda: out.write_bytes(msgspec.json.encode(work(own))))
+            children.wait()
         return msgspec.json.decode(out.read_bytes())
-
-
-def stop_all(children: Sequence[int]) -> None:
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def thread_seconds() -> dict[int, float]:

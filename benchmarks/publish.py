@@ -5,7 +5,8 @@ tensor by tensor.
     python -m benchmarks.publish --hidden 64 --layers 4 --limit-mb 0.2
 
 Two real ranks with DeepSpeed around a random Llama. `rss` is the peak of the resident set above what it was before,
-`tensors` that of torch's own allocations; both in MB, median of the rounds, in which the variants take turns.
+`tensors` that of torch's own allocations; both in MB, median and spread of the rounds, in which the
+variants take turns.
 """
 
 import argparse
@@ -15,15 +16,14 @@ import json
 import os
 import re
 import shutil
-import socket
-import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.measure import emit, interleaved, timed
+from benchmarks.child import tidy_when_stopped
+from benchmarks.measure import emit, interleaved, spread, timed
+from benchmarks.processes import Children, free_port
 
 WORLD = 2
 MB = 1e6
@@ -41,6 +41,7 @@ def main() -> int:
     options = flags.parse_args()
     if options.settings:
         return measure_rank(json.loads(options.settings.read_text()))
+    tidy_when_stopped()
     with tempfile.TemporaryDirectory(prefix="publish-") as directory:
         size, largest = make_model(Path(directory), options)
         rows = [row for stage in options.stages for row in measure(Path(directory), stage, options)]
@@ -72,25 +73,19 @@ def measure(directory: Path, stage: int, options: argparse.Namespace) -> list[di
     limit = int(options.limit_mb * MB)
     wanted = {"model": str(directory / "model"), "stage": stage, "limit": limit, "rounds": options.rounds}
     settings.write_text(json.dumps(wanted | {"scratch": str(directory)}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(WORLD):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
-        environment = os.environ | {name: str(number) for name, number in (place | {"MASTER_PORT": port}).items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "benchmarks.publish", "--settings", str(settings)]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    said = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise RuntimeError("a rank failed; its words are above")
-    found = [json.loads(text.splitlines()[-1]) for text in said]
+    command = [sys.executable, "-m", "benchmarks.publish", "--settings", str(settings)]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+    place |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    with Children(directory / "log") as children:
+        for rank in range(WORLD):  # as a new program: what this one has in memory would be counted
+            children.start(lambda: os.execv(sys.executable, command), **place, RANK=rank, LOCAL_RANK=rank)
+        children.wait()
+    found = [json.loads((directory / f"rows-{rank}.json").read_text()) for rank in range(WORLD)]
     return [{"zero": stage, "rank": rank, **row} for rank in range(WORLD) for row in found[rank]]
 
 
 def measure_rank(settings: dict) -> int:
-    """One rank: prints a row for each variant as JSON."""
+    """One rank: writes a row for each variant as JSON."""
     from protocol.resolve import load
     from trainer.engine import Policy
     from trainer.ranks import Ranks
@@ -121,8 +116,9 @@ def measure_rank(settings: dict) -> int:
         for gauge, column in ((resident_peak, "rss"), (allocated_peak, "tensors"), (timed, "seconds")):
             found = interleaved({name: once(write, gauge) for name, write in writers.items()}, settings["rounds"])
             for row in rows:
-                row[column] = statistics.median(found[str(row["variant"])])
-        print(json.dumps(rows), flush=True)
+                middle = spread(found[str(row["variant"])])
+                row |= {column: middle["median"], f"{column} min": middle["min"], f"{column} max": middle["max"]}
+        (Path(settings["scratch"]) / f"rows-{ranks.rank}.json").write_text(json.dumps(rows))
     return 0
 
 

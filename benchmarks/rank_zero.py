@@ -34,8 +34,26 @@ class RankZero:
 
 @contextlib.contextmanager
 def rank_zero(rundir: RunDir, recipe: Recipe) -> Iterator[RankZero]:
+    """Within it this process has no GPU: what a sampler is to have must be looked up before."""
+    with _environment(), _served(rundir, recipe) as trainer:
+        yield trainer
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Of a launcher's only rank, without GPUs, which are the sampler's."""
+    before = dict(os.environ)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+@contextlib.contextmanager
+def _served(rundir: RunDir, recipe: Recipe) -> Iterator[RankZero]:
     keys, directory = open_keys(rundir.keys), locate(recipe.model)
     tokenizer, incarnation = load_tokenizer(directory), rundir.claim_incarnation()
     desk = Desk(recipe=recipe, agreement=agree(keys.run_id, directory, tokenizer, recipe), incarnation=incarnation)

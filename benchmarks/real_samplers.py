@@ -1,18 +1,22 @@
-"""One against two real samplers on the CPU: vLLM with the demo's model, each one thread, and a consumer for a trainer.
+"""One against two real samplers: vLLM with the demo's model, and a consumer for a trainer.
 
-Both run from the beginning; in every other window the second one is stopped (SIGSTOP), so that a machine that slows
-down slows both alike. Nothing is trained: one snapshot of the model itself, and steps that throw their groups away.
+Each has a GPU of its own; without GPUs (or with CUDA_VISIBLE_DEVICES=) one thread. Both run from the beginning; in
+every other window the second one is stopped (SIGSTOP), so that a machine that slows down slows both alike. Nothing is
+trained: one snapshot of the model itself, and steps that throw their groups away.
 """
 
 import contextlib
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.measure import interleaved, spread
+from benchmarks.processes import last_words
 from benchmarks.rank_zero import rank_zero
 from benchmarks.untrained import Untrained
 from protocol.process import end, signal_group, start
@@ -31,13 +35,14 @@ SETTINGS = [
 
 
 @contextlib.contextmanager
-def samplers(rundir: RunDir, recipe: Recipe, count: int):
+def samplers(rundir: RunDir, places: Sequence[Mapping[str, str]]) -> Iterator[list[subprocess.Popen]]:
+    """places: the environment of each."""
     command = [sys.executable, "-m", "sampler", "--run", str(rundir.path)]
-    environment = environments(recipe, 2)[0] | {REPLICA: "0"}  # no supervisor: a signal to the process stops all of it
     found = []
     try:
-        for index in range(count):
-            with (rundir.logs / f"sampler-{index}.log").open("wb") as log:
+        for index, place in enumerate(places):
+            environment = {**place, REPLICA: "0"}  # no supervisor: a signal to the process stops all of it
+            with log_of(rundir, index).open("wb") as log:
                 found.append(start(command, log=log, environment=environment))
         yield found
     finally:
@@ -46,32 +51,43 @@ def samplers(rundir: RunDir, recipe: Recipe, count: int):
             end(process, 20.0)
 
 
+def log_of(rundir: RunDir, index: int) -> Path:
+    return rundir.logs / f"sampler-{index}.log"
+
+
 def measure() -> list[dict[str, object]]:
     """Tokens a second with one and with two."""
-    rundir = RunDir(Path(tempfile.mkdtemp(prefix="real-samplers-")))
     recipe = load(Path("recipes/demo.toml"), SETTINGS)
-    rundir.make()
-    rundir.recipe.write_text(dump(recipe))
-    with rank_zero(rundir, recipe) as trainer:
-        inbox, stop = trainer.inbox, trainer.stop
-        pulse = trainer.publisher.publish(Untrained(recipe, trainer.directory), True)
-        inbox.serve()
-        inbox.commit(pulse, 0)
-        rundir.write_endpoint(trainer.endpoint)
-        with samplers(rundir, recipe, 2) as pair:
-            consumer = threading.Thread(target=consume, args=(inbox, recipe, pulse), daemon=True)
-            consumer.start()
-            try:
-                rates = windows(inbox, pair, rundir)
-            finally:
-                stop.set()
-                consumer.join(30)
+    with tempfile.TemporaryDirectory(prefix="real-samplers-") as name:
+        rundir = RunDir(Path(name))
+        rundir.make()
+        rundir.recipe.write_text(dump(recipe))
+        rates = measured(rundir, recipe)
     one = spread(rates["1"])["median"]
     return [
         {"samplers": int(name), **{key: round(value) for key, value in spread(values).items()},
          "of one": round(spread(values)["median"] / one, 2)}
         for name, values in rates.items()
     ]  # fmt: skip
+
+
+def measured(rundir: RunDir, recipe: Recipe) -> dict[str, list[float]]:
+    """-> tokens a second in each window, by the number of samplers"""
+    places = environments(recipe, 2)  # before `rank_zero` hides the GPUs from this process
+    with rank_zero(rundir, recipe) as trainer:
+        inbox, stop = trainer.inbox, trainer.stop
+        pulse = trainer.publisher.publish(Untrained(recipe, trainer.directory), True)
+        inbox.serve()
+        inbox.commit(pulse, 0)
+        rundir.write_endpoint(trainer.endpoint)
+        with samplers(rundir, places) as pair:
+            consumer = threading.Thread(target=consume, args=(inbox, recipe, pulse), daemon=True)
+            consumer.start()
+            try:
+                return windows(inbox, pair, rundir)
+            finally:
+                stop.set()
+                consumer.join(30)
 
 
 def consume(inbox: Inbox, recipe: Recipe, pulse) -> None:
@@ -81,11 +97,10 @@ def consume(inbox: Inbox, recipe: Recipe, pulse) -> None:
         inbox.commit(pulse, step)
 
 
-def windows(inbox: Inbox, pair: list, rundir: RunDir) -> dict[str, list[float]]:
+def windows(inbox: Inbox, pair: Sequence[subprocess.Popen], rundir: RunDir) -> dict[str, list[float]]:
     """Tokens a second of both together, A-B-A-B."""
     while inbox.counts()["samplers"] < 2 or inbox.counts()["sampler/tokens"] < 2000:
-        if any(process.poll() is not None for process in pair):
-            raise SystemExit(f"a sampler ended: see {rundir.logs}")
+        expect_both(pair, rundir)
         time.sleep(1)
 
     def rate(second: int) -> float:
@@ -93,9 +108,16 @@ def windows(inbox: Inbox, pair: list, rundir: RunDir) -> dict[str, list[float]]:
         time.sleep(SETTLE_S)
         before, begun = inbox.counts()["sampler/tokens"], time.monotonic()
         time.sleep(WINDOW_S)
+        expect_both(pair, rundir)
         return (inbox.counts()["sampler/tokens"] - before) / (time.monotonic() - begun)
 
     return interleaved({"1": lambda: rate(signal.SIGSTOP), "2": lambda: rate(signal.SIGCONT)}, ROUNDS)
+
+
+def expect_both(pair: Sequence[subprocess.Popen], rundir: RunDir) -> None:
+    for index, process in enumerate(pair):
+        if process.poll() is not None:
+            raise SystemExit(f"a sampler ended; its last words:\n{last_words(log_of(rundir, index))}")
 
 
 if __name__ == "__main__":

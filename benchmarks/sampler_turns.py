@@ -2,12 +2,15 @@
 
 import argparse
 import contextlib
+import math
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from transformers import AutoConfig
 
 from benchmarks.child import Child, roof, tidy_when_stopped
 from benchmarks.discarding import Discarding, discarding
@@ -22,6 +25,10 @@ from sampler.supervisor import environments
 WARM = 4
 """Prompts that each variant answers before anything counts."""
 IDLE_S = 3.0
+SETTLE_S = 1.5
+"""Before each turn: vLLM's processes spin for a second after a request, which must not be in another's turn."""
+KINDS = {"vllm.LLM": "bare", "vllm.LLM, in process": "in-process"}
+"""The engine of each variant that is not the sampler's ("ours")."""
 SETTINGS = [
     "data.eval=", "eval.before=false", "eval.after=false", "objective.kl_beta=0.0", "lora.rank=0",
     "trainer.steps=100000", "trainer.max_staleness=0", "trainer.refill=0",
@@ -36,12 +43,13 @@ class Measured(dict):
 class Turns:
     """Runs variants one at a time; each gets prompts that none has had."""
 
-    def __init__(self, bare: Child, ours: Child, leases: Discarding, rows: int) -> None:
-        self._bare, self._ours, self._leases, self._rows = bare, ours, leases, rows
+    def __init__(self, engines: Mapping[str, Child], leases: Discarding, rows: int) -> None:
+        self._engines, self._leases, self._rows = engines, leases, rows
         self._first = 0
 
     def run(self, variant: str, count: int) -> Measured:
-        child = self._bare if variant == "vllm.LLM" else self._ours
+        child = self._engines[kind_of(variant)]
+        time.sleep(SETTLE_S)
         own, before = time.process_time(), child.cpu_s()
         found = self._leased() if variant == "wire" else self._asked(child, variant, count)
         python, everything = (now - then for now, then in zip(child.cpu_s(), before, strict=True))
@@ -71,27 +79,39 @@ def measure(options: argparse.Namespace) -> None:
         rundir.make()
         rundir.recipe.write_text(dump(recipe))
         settings = {"recipe": str(rundir.recipe), "run": name, "fixed": not options.natural}
-        bare, ours = (stack.enter_context(engine(kind, settings, recipe)) for kind in ("bare", "ours"))
-        rows = min(child.ask()["rows"] for child in (bare, ours))  # answered when the engine is up
+        kinds = dict.fromkeys(kind_of(variant) for variant in options.variants)
+        engines = {kind: stack.enter_context(engine(kind, settings, recipe)) for kind in kinds}
+        rows = min(child.ask()["rows"] for child in engines.values())  # answered when the engine is up
+        idle = idle_share(engines.values())
         leases = stack.enter_context(discarding(recipe, rundir))
-        idle = idle_share([bare, ours])
-        found = take_turns(Turns(bare, ours, leases, rows), options)
-    limits = roofs(recipe)
+        found = take_turns(Turns(engines, leases, rows), options)
+    limits, threads = roofs(recipe), environments(recipe, 1)[0].get("OMP_NUM_THREADS")
     rows_found = [row(variant, found[variant], found[options.variants[0]], limits) for variant in options.variants]
     emit(
         "sampler", rows_found, prompts=options.prompts, group=recipe.sampling.group_size,
         max_tokens=recipe.sampling.max_tokens, fixed=not options.natural, running=recipe.sampler.max_running,
-        threads=environments(recipe, 1)[0].get("OMP_NUM_THREADS"), rounds=options.rounds, idle=idle, **limits,
+        threads=threads and int(threads), rounds=options.rounds, idle=idle, **limits,
     )  # fmt: skip
 
 
 def engine(kind: str, settings: Mapping[str, object], recipe: Recipe) -> Child:
     log = Path(tempfile.gettempdir()) / f"benchmark-sampler-{kind}.log"
-    return Child("engine_run", {**settings, "kind": kind}, log, environments(recipe, 1)[0])
+    return Child("engine_run", {**settings, "kind": kind}, log, environment_of(kind, recipe))
 
 
-def idle_share(children: Iterable[Child]) -> float:
+def kind_of(variant: str) -> str:
+    return KINDS.get(variant, "ours")
+
+
+def environment_of(kind: str, recipe: Recipe) -> dict[str, str]:
+    """The sampler's own; bare vLLM has no more of it than makes its threads as many."""
+    found = environments(recipe, 1)[0]
+    return {name: value for name, value in found.items() if kind != "bare" or name != "GOMP_SPINCOUNT"}
+
+
+def idle_share(children: Collection[Child]) -> float:
     """CPU time that engines without work take from the one that is measured, as a share of one core."""
+    time.sleep(SETTLE_S)
     before = sum(child.cpu_s()[1] for child in children)
     time.sleep(IDLE_S)
     return round((sum(child.cpu_s()[1] for child in children) - before) / IDLE_S, 3)
@@ -137,18 +157,29 @@ def per_token(found: list[Measured], name: str) -> float:
 def roofs(recipe: Recipe) -> dict[str, float]:
     """What the matrix products alone would take for one decoding step with all sequences, and reading the weights.
 
-    2 FLOP for each weight and token (arXiv 2001.08361); the larger of the two times is the limit.
+    2 FLOP for each weight and token (arXiv 2001.08361), at the speed of one layer's widest product; the larger of the
+    two times is the limit. Weights are as wide as the recipe's dtype, whatever the model's files have.
     """
-    weights = sum(path.stat().st_size for path in locate(recipe.model).glob("*.safetensors"))
-    dtype = getattr(torch, recipe.model.dtype)
-    batch, threads = recipe.sampler.max_running, int(environments(recipe, 1)[0].get("OMP_NUM_THREADS", 1))
-    torch.set_num_threads(threads)
-    left, right = torch.randn(batch, 576).to(dtype), torch.randn(576, 1536).to(dtype)
+    directory, dtype = locate(recipe.model), getattr(torch, recipe.model.dtype)
+    config = AutoConfig.from_pretrained(directory).get_text_config()
+    weights, batch = parameters(directory), recipe.sampler.max_running
+    torch.set_num_threads(int(environments(recipe, 1)[0].get("OMP_NUM_THREADS", 1)))
+    left = torch.randn(batch, config.hidden_size).to(dtype)
+    right = torch.randn(config.hidden_size, config.intermediate_size).to(dtype)
     flops = 2 * left.numel() * right.shape[1] * roof(lambda: left @ right)
-    memory = torch.zeros(weights // 8, dtype=torch.int64)
-    per_s = weights * roof(memory.sum)
-    step_s = max(batch * 2 * (weights / dtype.itemsize) / flops, weights / per_s)
+    size = weights * dtype.itemsize
+    per_s = size * roof(torch.zeros(size // 8, dtype=torch.int64).sum)
+    step_s = max(batch * 2 * weights / flops, size / per_s)
     return {"GFLOP/s": round(flops / 1e9), "read GB/s": round(per_s / 1e9, 1), "roof tokens/s": round(batch / step_s)}
+
+
+def parameters(directory: Path) -> int:
+    """Values in a model's safetensors, by their headers."""
+    count = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 if __name__ == "__main__":

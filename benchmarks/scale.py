@@ -12,9 +12,12 @@ desk, ledger and inbox in one process, without sockets.
 import argparse
 from collections.abc import Sequence
 
+from benchmarks.child import tidy_when_stopped
 from benchmarks.measure import emit
 
 PARTS = ("lengths", "groups", "vocabularies", "ranks", "samplers", "hub")
+ONCE = ("samplers", "hub")
+"""No rounds: one run of each."""
 USUAL = {
     "lengths": (128, 256, 512, 1024, 2048), "groups": (2, 4, 8, 16, 32), "vocabularies": (1024, 8192, 49_152, 151_936),
     "ranks": (1, 2, 4, 8, 16), "samplers": (1, 2, 4, 8),
@@ -28,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--groups", type=int, default=100_000, help="through the hub")
     options = flags.parse_args(arguments)
+    tidy_when_stopped()
     for part in options.only:
-        emit(f"scale: {part}", measured(part, options.values or USUAL.get(part, ()), options), rounds=options.rounds)
+        rounds = {} if part in ONCE else {"rounds": options.rounds}
+        emit(f"scale: {part}", measured(part, options.values or USUAL.get(part, ()), options), **rounds)
 
 
 def measured(part: str, values: Sequence[int], options: argparse.Namespace) -> list[dict[str, object]]:

@@ -1,11 +1,9 @@
 """Many groups through one hub, for `benchmarks.scale`."""
 
 import os
-import tempfile
 import threading
 import time
 from collections import deque
-from pathlib import Path
 
 from benchmarks.hub_load import Size, agreed, make_group, make_recipe, make_session
 from benchmarks.processes import free_port, in_child, memory_mb
@@ -62,29 +60,27 @@ class Loopback:
 
 def memory(groups: int) -> list[dict[str, object]]:
     """Resident memory of the process after each tenth of the groups. Exits where a group was lost or doubled."""
-    return in_child(lambda: through_the_hub(groups))
+    return in_child(lambda directory: through_the_hub(groups, RunDir(directory)))
 
 
-def through_the_hub(groups: int) -> list[dict[str, object]]:
+def through_the_hub(groups: int, rundir: RunDir) -> list[dict[str, object]]:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(free_port())
     steps, start, rows = -(-groups // PER_STEP), time.monotonic(), []
-    with tempfile.TemporaryDirectory(prefix="scale-") as name, Ranks("gloo", 1) as ranks:
-        rundir = RunDir(Path(name))
-        rundir.make()
-        recipe, keys, used = make_recipe(SIZE, PER_STEP, steps), open_keys(rundir.keys), [snapshot_id(0, 1)]
-        desk = Desk(recipe=recipe, agreement=agreed(keys, recipe, SIZE), incarnation=rundir.claim_incarnation())
-        hub = Loopback(make_session("client", keys, recipe, SIZE, used, 2 * PER_STEP), used)
-        with Inbox(ranks, desk, hub, threading.Event(), rundir) as inbox:
-            inbox.serve()
-            inbox.commit(Pulse(snapshot=used[0], manifest_sha256="0" * 64), 0)
-            for step in range(1, steps + 1):
-                taken = [group.group_id for group in inbox.take(PER_STEP)]
-                assert taken == list(range((step - 1) * PER_STEP, step * PER_STEP)), f"step {step} trains {taken}"
-                inbox.commit(Pulse(snapshot=snapshot_id(step, 1), manifest_sha256="0" * 64), step)
-                if step * REPORTS // steps > (step - 1) * REPORTS // steps:
-                    rows.append(row(step * PER_STEP, time.monotonic() - start, inbox))
-            inbox.finish(final=True, patience_s=0.0)
+    rundir.make()
+    recipe, keys, used = make_recipe(SIZE, PER_STEP, steps), open_keys(rundir.keys), [snapshot_id(0, 1)]
+    desk = Desk(recipe=recipe, agreement=agreed(keys, recipe, SIZE), incarnation=rundir.claim_incarnation())
+    hub = Loopback(make_session("client", keys, recipe, SIZE, used, 2 * PER_STEP), used)
+    with Ranks("gloo", 1) as ranks, Inbox(ranks, desk, hub, threading.Event(), rundir) as inbox:
+        inbox.serve()
+        inbox.commit(Pulse(snapshot=used[0], manifest_sha256="0" * 64), 0)
+        for step in range(1, steps + 1):
+            taken = [group.group_id for group in inbox.take(PER_STEP)]
+            assert taken == list(range((step - 1) * PER_STEP, step * PER_STEP)), f"step {step} trains {taken}"
+            inbox.commit(Pulse(snapshot=snapshot_id(step, 1), manifest_sha256="0" * 64), step)
+            if step * REPORTS // steps > (step - 1) * REPORTS // steps:
+                rows.append(row(step * PER_STEP, time.monotonic() - start, inbox))
+        inbox.finish(final=True, patience_s=0.0)
     return rows
 
 

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import logging
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from benchmarks.measure import spread
 from benchmarks.processes import in_child
 from benchmarks.steps import SIZES, alone, forget_peak, made_up, peak_memory, random_model, recipe, step, step_flops
 from protocol.memory import GIB
@@ -30,27 +30,31 @@ VARIANT = "varlen, checkpointing off"
 
 def lengths(values: Sequence[int], rounds: int) -> list[dict[str, object]]:
     """Tokens of a completion; groups of 2."""
-    return in_child(lambda: policy_rows("length", {value: (2, value) for value in values}, 1024, rounds))
+    return in_child(lambda own: policy_rows(own, "length", {value: (2, value) for value in values}, 1024, rounds))
 
 
 def groups(values: Sequence[int], rounds: int) -> list[dict[str, object]]:
     """Completions of a group, of 32 tokens each."""
-    return in_child(lambda: policy_rows("group", {value: (value, 32) for value in values}, 1024, rounds))
+    return in_child(lambda own: policy_rows(own, "group", {value: (value, 32) for value in values}, 1024, rounds))
 
 
 def vocabularies(values: Sequence[int], rounds: int) -> list[dict[str, object]]:
     """With groups of 8 x 128. A process for each, as each has another model."""
-    rows = [in_child(lambda v=value: policy_rows("vocabulary", {v: (8, 128)}, v, rounds))[0] for value in values]
+    rows = [
+        in_child(lambda own, v=value: policy_rows(own, "vocabulary", {v: (8, 128)}, v, rounds))[0] for value in values
+    ]
     return beside_the_first(rows, "vocabulary")
 
 
-def policy_rows(what: str, shapes: Mapping[int, tuple[int, int]], vocabulary: int, rounds: int) -> list[dict]:
-    """Steps of one tiny model, one group each. shapes: value -> completions, tokens of each."""
+def policy_rows(
+    own: Path, what: str, shapes: Mapping[int, tuple[int, int]], vocabulary: int, rounds: int
+) -> list[dict[str, object]]:
+    """Steps of one tiny model, which lies in `own`, one group each. shapes: value -> completions, tokens of each."""
     logging.disable(logging.WARNING)
     alone()
     longest = PROMPT + max(count * tokens for count, tokens in shapes.values())
-    with tempfile.TemporaryDirectory() as name, Ranks("gloo", 1) as ranks:
-        model = random_model(Path(name), SIZES["tiny"] | {"vocab_size": vocabulary}, longest, "float32")
+    with Ranks("gloo", 1) as ranks:
+        model = random_model(own, SIZES["tiny"] | {"vocab_size": vocabulary}, longest, "float32")
         options = argparse.Namespace(prompt=PROMPT, dtype="float32", liger="off")
         options.group, options.completion = max(shapes.values())
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
@@ -64,7 +68,7 @@ def policy_rows(what: str, shapes: Mapping[int, tuple[int, int]], vocabulary: in
 
 
 def cost(policy: Policy, micro: MicroBatch, rounds: int) -> dict[str, float]:
-    """CPU seconds of a step and its memory above the resting process; the least of the rounds."""
+    """CPU time of a step and its spread; its memory above the resting process, the most of all rounds."""
     peaks: dict[str, tuple[float, float]] = {}
     seconds, above = [], []
     for _ in range(1 + rounds):  # the first one pays for allocation
@@ -73,7 +77,11 @@ def cost(policy: Policy, micro: MicroBatch, rounds: int) -> dict[str, float]:
         step(policy, micro, VARIANT, peaks)
         seconds.append(time.process_time() - used)
         above.append((peaks[VARIANT][0] - resting) * GIB / 1e6)
-    return {"CPU ms": min(seconds[1:]) * 1e3, "MB": max(above), "flops": step_flops(policy, micro)}
+    return cpu_columns(spread(seconds[1:])) | {"MB": max(above), "flops": step_flops(policy, micro)}
+
+
+def cpu_columns(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {"CPU ms": seconds["median"] * 1e3, "min": seconds["min"] * 1e3, "max": seconds["max"] * 1e3}
 
 
 def beside_the_first(rows: list[dict], what: str) -> list[dict[str, object]]:
@@ -89,7 +97,8 @@ def beside_the_first(rows: list[dict], what: str) -> list[dict[str, object]]:
 
 def ranks(values: Sequence[int], rounds: int) -> list[dict[str, object]]:
     """64 groups of 8 completions of mixed lengths, made into each rank's micro-batches: CPU time of the slowest rank's
-    batch maker, tokens of the fullest rank over the mean, and the tokens that all compute more than one would."""
+    batch maker and its spread, tokens of the fullest rank over the mean, and the tokens that all compute more than one
+    would."""
     random = np.random.default_rng(0)
     step = []
     for number in range(64):
@@ -109,10 +118,10 @@ def of_world(step: Sequence[Group], settings: Recipe, world: int, rounds: int) -
     for rank in range(world):
         make = functools.partial(make_batch, step, settings, ADVANTAGES["group"], rank=rank, world=world, step=0)
         batches.append(make())
-        seconds.append(min(cpu_seconds(make) for _ in range(rounds)))
+        seconds.append(spread([cpu_seconds(make) for _ in range(rounds)]))
     tokens = [sum(micro.packed.input_ids.shape[1] for micro in batch.micro_batches) for batch in batches]
     return {
-        "ranks": world, "CPU ms a rank": max(seconds) * 1e3, "tokens a rank": max(tokens),
+        "ranks": world, **cpu_columns(max(seconds, key=lambda one: one["median"])), "tokens a rank": max(tokens),
         "fullest / mean": max(tokens) * world / sum(tokens), "all tokens": sum(tokens),
     }  # fmt: skip
 

@@ -1,17 +1,16 @@
 """Runs with simulated engines and a simulated trainer, for `benchmarks.samplers`: what is between them is real."""
 
 import asyncio
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.measure import emit
-from benchmarks.processes import forked, free_port
+from benchmarks.processes import Children, free_port
 from protocol.messages import Span, Split
 from protocol.metrics import read_metrics
 from protocol.recipe import Recipe
@@ -71,28 +70,27 @@ class PacedPolicy(ToyPolicy):
 
 def simulated(samplers: int, model: Path, measured: int) -> dict[str, object]:
     """One run. Rates are those of the last `measured` steps."""
-    directory = Path(tempfile.mkdtemp(prefix="samplers-"))
     reward = Path(__file__).parents[1] / "tests" / "rewards_for_tests.py"
     steps = f"trainer.steps={WARM + measured}"
     recipe = load(None, [*SETTINGS, steps, f"model.path={model}", f"reward=[{{function='{reward}:vowels'}}]"])
-    rundir = RunDir(directory)
-    rundir.make()
-    rundir.recipe.write_text(dump(recipe))
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    children = [forked(lambda: rank.run(rundir, recipe, PacedPolicy), directory / "trainer.log", **place)]
-    for index in range(samplers):
-        one = directory / f"sampler-{index}.log"
-        children.append(forked(lambda i=index: replica.run(rundir, recipe, i, PacedEngine), one))
-    for child in children:
-        os.waitpid(child, 0)
-    return figures(rundir, recipe, samplers)
+    with tempfile.TemporaryDirectory(prefix="samplers-") as name, Children(Path(name) / "log") as children:
+        rundir = RunDir(Path(name))
+        rundir.make()
+        rundir.recipe.write_text(dump(recipe))
+        children.start(lambda: rank.run(rundir, recipe, PacedPolicy), **place)
+        for index in range(samplers):
+            children.start(lambda i=index: replica.run(rundir, recipe, i, PacedEngine))
+        children.wait()
+        return figures(read_metrics(rundir.metrics / "trainer.jsonl"), recipe, samplers)
 
 
-def figures(rundir: RunDir, recipe: Recipe, samplers: int) -> dict[str, object]:
-    records = [record for record in read_metrics(rundir.metrics / "trainer.jsonl") if record["kind"] == "step"]
-    if len(records) != recipe.trainer.steps:
-        raise SystemExit(f"only {len(records)} steps: see {rundir.path}")
-    counted = records[WARM:]
+def figures(records: Iterable[Mapping], recipe: Recipe, samplers: int) -> dict[str, object]:
+    """records: the trainer's metrics."""
+    steps = [record for record in records if record["kind"] == "step"]
+    if len(steps) != recipe.trainer.steps:
+        raise SystemExit(f"only {len(steps)} steps: the run was stopped")
+    counted = steps[WARM:]
     per_s = PER_STEP / statistics.mean(record["step_time"] for record in counted)
     tokens = GROUP * LENGTH
     by_engines, by_trainer = samplers * TOKENS_PER_S / tokens, PER_STEP / STEP_S

@@ -1,6 +1,6 @@
 """What a snapshot costs on a disk, and how much of one is new since the one before.
 
-    python -m benchmarks.snapshots [DIRECTORY ...]            write, read and verify 0.5 GB there, best of three
+    python -m benchmarks.snapshots [DIRECTORY ...]            write, read and verify 0.5 GB there, three times
     python -m benchmarks.snapshots --delta OLDER NEWER        two model.safetensors of one run
 
 "By CPU" is work per second of CPU time, which other work on the machine does not change.
@@ -13,14 +13,15 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
-from benchmarks.measure import emit
+from benchmarks.child import tidy_when_stopped
+from benchmarks.measure import emit, spread
 from protocol.snapshot import Manifest, open_sealed, seal, snapshot_id, staging, write_hashed
 
 SHARD, SHARDS, ROUNDS = 128 << 20, 4, 3
@@ -33,8 +34,8 @@ def speed(work: Callable[[], object], size: int) -> tuple[float, float]:
     return size / 1e9 / (time.perf_counter() - start), size / 1e9 / (time.process_time() - used)
 
 
-def cost(directory: Path) -> dict[str, object]:
-    """A snapshot's way over this disk, with the code of publisher and reader."""
+def cost(directory: Path) -> list[dict[str, object]]:
+    """A snapshot's way over this disk, with the code of publisher and reader: a row for each part of it."""
     data, size = os.urandom(SHARD), SHARD * SHARDS
     found: dict[str, list[tuple[float, float]]] = {
         "write+fsync+hash": [],
@@ -47,13 +48,16 @@ def cost(directory: Path) -> dict[str, object]:
             sealed = open_sealed(Path(name) / snapshot_id(step, 1))
             found["read+verify, cached"].append(speed(sealed.verified, size))
             found["sha256 alone"].append(speed(lambda: hashlib.sha256(data), SHARD))
-    row: dict[str, object] = {"directory": str(directory)}
-    for key, values in found.items():
-        row |= {
-            f"{key} GB/s": round(max(wall for wall, _ in values), 2),
-            "by CPU " + key: round(max(cpu for _, cpu in values), 2),
-        }
-    return row
+    return [{"directory": str(directory), "what": what, **rates(values)} for what, values in found.items()]
+
+
+def rates(values: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Medians with their spread, by the clock and by CPU."""
+    row = {}
+    for column, speeds in zip(("GB/s", "by CPU"), zip(*values, strict=True), strict=True):
+        found = spread(speeds)
+        row |= {column: found["median"], f"{column} min": found["min"], f"{column} max": found["max"]}
+    return {name: round(value, 2) for name, value in row.items()}
 
 
 def publish(parent: Path, step: int, data: bytes) -> None:
@@ -104,10 +108,12 @@ def main() -> None:
     flags.add_argument("directories", nargs="*", type=Path, default=[Path(), Path("/dev/shm")])
     flags.add_argument("--delta", nargs=2, type=Path, metavar=("OLDER", "NEWER"))
     options = flags.parse_args()
+    tidy_when_stopped()
     if options.delta:
         emit("snapshots --delta", [delta(*options.delta)])
     else:
-        emit("snapshots", [cost(directory) for directory in options.directories], gb=SHARD * SHARDS / 1e9)
+        rows = [row for directory in options.directories for row in cost(directory)]
+        emit("snapshots", rows, gb=SHARD * SHARDS / 1e9, rounds=ROUNDS)
 
 
 if __name__ == "__main__":

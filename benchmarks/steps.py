@@ -91,7 +91,7 @@ def measured(policy: Policy, tokens: int, options: argparse.Namespace, roof: flo
             work()  # the first of each shape pays for allocation and compilation
             steps[name] = work
         except torch.OutOfMemoryError:
-            rows.append({"tokens": computed, "variant": name, "seconds": "out of memory"})
+            rows.append({"tokens": computed, "variant": name, "seconds": None, "ended": "out of memory"})
     for name, seconds in interleaved(steps, options.rounds).items():
         middle = spread(seconds)
         rows.append({

@@ -6,9 +6,11 @@
 
 `packed` is ours: DeepSpeed's engine, prompts shared, no padding, log-probs without full logits. `padded` is the
 ancestors' way in the same engine: a row for each completion, logits of all tokens, log_softmax. `trl` is GRPOTrainer's
-own loss on such rows, and AdamW in the model's dtype. The ways take turns. tokens/s counts what `packed` computes, a
-prompt once a group, for all of them; `of roof` is the FLOPs of that (benchmarks/rows.py) over the fastest matrix
-product of the same run. Both are of forward and backward alone (`pass`) and of the whole step (`step`).
+own loss on such rows, and its own optimizer (fused AdamW; bfloat16 with its autocast). Both take `--rows` completions
+in one forward pass, padded to the longest of them, and add gradients up; ours takes the whole step as one row. The ways
+take turns. tokens/s counts what `packed` computes, a prompt once a group, for all of them; `of roof` is the FLOPs of
+that (benchmarks/rows.py) over the fastest matrix product of the same run. Both are of forward and backward alone
+(`pass`) and of the whole step (`step`).
 """
 
 import argparse
@@ -24,11 +26,15 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.child import tidy_when_stopped
 from benchmarks.measure import emit, interleaved, spread, timed
 from benchmarks.steps import alone, forget_peak, step_flops
 from benchmarks.ways import Step, made_up, packed, padded, padded_rows, recipe_of, recorded, trl
 from policy.model import locate
+from protocol.cli import exit_with
+from protocol.errors import UserError
 from protocol.memory import peak_gb
+from protocol.process import die_with_parent
 from protocol.recipe import Model
 from trainer.engine import Policy
 from trainer.ranks import Ranks
@@ -37,7 +43,7 @@ PRODUCTS = ((1024, 576, 1536), (1024, 576, 49152), (2048, 2048, 2048))
 """Rows, inner width and columns: two of SmolLM2-135M's layers, and a square one."""
 
 
-def main() -> None:
+def main() -> int:
     flags = argparse.ArgumentParser(prog="benchmarks.trainer", description=__doc__.splitlines()[0])
     flags.add_argument("--run", type=Path, help="a run directory with a recorded stream")
     flags.add_argument("--model", default="smollm2-135m-instruct", help="as model.path of a recipe")
@@ -46,6 +52,7 @@ def main() -> None:
     flags.add_argument("--prompt", type=int, default=90, help="tokens of each made-up prompt")
     flags.add_argument("--completion", type=int, default=60, help="mean tokens of a made-up completion")
     flags.add_argument("--group", type=int, default=8, help="completions of a made-up group")
+    flags.add_argument("--rows", type=int, default=8, help="completions in one forward pass of `padded` and `trl`")
     flags.add_argument("--checkpointing", choices=("on", "off"), default="off")
     flags.add_argument("--ways", nargs="+", choices=("packed", "padded", "trl"), default=["packed", "padded", "trl"])
     flags.add_argument("--rounds", type=int, default=3)
@@ -53,16 +60,30 @@ def main() -> None:
     flags.add_argument("--memory", action="store_true")
     flags.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = flags.parse_args()
+    refuse(options)
+    tidy_when_stopped()
     logging.disable(logging.WARNING)
     if options.memory and not options.alone:
         emit("trainer --memory", memory(options), **facts(options))
     else:
         speed(options)
+    return 0
+
+
+def refuse(options: argparse.Namespace) -> None:
+    """Raises UserError for what gives no gradient, before anything is loaded."""
+    if options.rows < 1:
+        raise UserError(f"--rows {options.rows}: a forward pass takes at least one completion")
+    if options.run and not recorded(options.run, 1):
+        raise UserError(f"--run {options.run}: all completions of each recorded group have the same reward")
+    if not options.run and options.group < 2:
+        raise UserError(f"--group {options.group}: a group needs two completions, or no advantage differs from 0")
 
 
 def facts(options: argparse.Namespace) -> dict[str, object]:
     names = ("model", "dtype", "tokens", "prompt", "completion", "group", "threads", "checkpointing")
-    return {name: getattr(options, name) for name in names} | {"run": str(options.run)}
+    named = {name: getattr(options, name) for name in names}
+    return named | {"completions_a_pass": options.rows, "run": str(options.run) if options.run else None}
 
 
 def speed(options: argparse.Namespace) -> None:
@@ -74,11 +95,13 @@ def speed(options: argparse.Namespace) -> None:
         vocabulary = policy.model.config.vocab_size
         groups = recorded(options.run, options.tokens) if options.run else made_up(options, vocabulary)
         [micro] = policy.batch(groups).micro_batches
-        ours = {"packed": packed, "padded": padded}
-        steps = {
-            name: ours[name](policy, groups) if name in ours else trl(directory, groups, options)
-            for name in options.ways
+        rows_of = padded_rows(groups, options.rows)
+        ways = {
+            "packed": lambda: packed(policy, groups),
+            "padded": lambda: padded(policy, rows_of),
+            "trl": lambda: trl(directory, rows_of, options),
         }
+        steps = {name: ways[name]() for name in options.ways}
         if options.alone:
             found = peak_above_rest(*steps.values())
         else:
@@ -91,9 +114,9 @@ def speed(options: argparse.Namespace) -> None:
     if options.alone:
         print(json.dumps(found))
         return
-    ids, seen, *_ = padded_rows(groups)
     emit("trainer", rows, **facts(options), groups=len(groups), packed_tokens=tokens, scored=len(micro.packed.targets),
-         rows_tokens=int(seen.sum()), padded_tokens=ids.numel(), roof_gflops=roof / 1e9)  # fmt: skip
+         rows_tokens=sum(int(one.seen.sum()) for one in rows_of), padded_tokens=sum(one.ids.numel() for one in rows_of),
+         roof_gflops=roof / 1e9)  # fmt: skip
 
 
 def measured(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
@@ -150,17 +173,18 @@ def memory(options: argparse.Namespace) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for checkpointing in ("on", "off"):
         for way in options.ways:
-            same = ("model", "dtype", "tokens", "prompt", "completion", "group", "threads", "run")
+            same = ("model", "dtype", "tokens", "prompt", "completion", "group", "rows", "threads", "run")
             wanted = {name: value for name in same if (value := getattr(options, name))}
             command = [sys.executable, "-m", "benchmarks.trainer", "--memory", "--alone", "--ways", way]
             command += ["--checkpointing", checkpointing, *(f"--{name}={value}" for name, value in wanted.items())]
-            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, preexec_fn=die_with_parent)
             if done.returncode not in (0, -signal.SIGKILL):
                 raise SystemExit(f"{way} ended with {done.returncode}")
-            peak = "killed for memory" if done.returncode else float(done.stdout.split()[-1])
-            rows.append({"way": way, "checkpointing": checkpointing, "GiB above rest": peak})
+            row: dict[str, object] = {"way": way, "checkpointing": checkpointing}
+            killed = {"GiB above rest": None, "ended": "killed for memory"}
+            rows.append(row | (killed if done.returncode else {"GiB above rest": float(done.stdout.split()[-1])}))
     return rows
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -1,10 +1,12 @@
 """Three ways to make one optimizer step of the same groups, for `benchmarks.trainer`.
 
-Each is two functions: forward and backward, and the update.
+Each is two functions: forward and backward of all its micro-batches, and the update.
 """
 
 import argparse
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.steps import completion_of, random_ids
 from protocol.codec import unpack
-from protocol.messages import Group
+from protocol.messages import Completion, Group
 from protocol.recipe import Recipe
 from protocol.resolve import load
 from trainer.engine import Policy
@@ -80,77 +82,117 @@ def packed(policy: Policy, groups: list[Group]) -> Step:
     return work, policy.update
 
 
-def padded(policy: Policy, groups: list[Group]) -> Step:
+@dataclass(frozen=True, kw_only=True)
+class Padded:
+    """c completions, each behind its own copy of its prompt: p tokens of prompt, l of completion, with padding."""
+
+    ids: Tensor  # [c, p + l]
+    seen: Tensor  # [c, p + l], attention mask
+    prompt: int  # p
+    scored: Tensor  # [c, l], which completion tokens are some
+    old: Tensor  # [c, l], the sampler's log-probs
+    advantages: Tensor  # [c, 1]; which ones is no matter of speed
+
+
+def padded_rows(groups: list[Group], rows: int) -> list[Padded]:
+    """Micro-batches of at most `rows` completions, each padded to its own longest.
+
+    TRL pads all of them to the longest of the whole batch: it does better here than in its own loop.
+    """
+    answers = [(group.prompt, one) for group in groups for one in group.completions]
+    return [_padded(answers[at : at + rows]) for at in range(0, len(answers), rows)]
+
+
+def _padded(answers: Sequence[tuple[bytes, Completion]]) -> Padded:
+    prompts = [torch.from_numpy(unpack(prompt).astype(np.int64)) for prompt, _ in answers]
+    tokens = [torch.from_numpy(unpack(one.tokens).astype(np.int64)) for _, one in answers]
+    left = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
+    ids = torch.cat([left, pad_sequence(tokens, batch_first=True, padding_value=-1)], dim=1)
+    return Padded(
+        ids=ids.clamp(min=0),
+        seen=(ids >= 0).long(),
+        prompt=left.shape[1],
+        scored=ids[:, left.shape[1] :] >= 0,
+        old=pad_sequence([torch.tensor(unpack(one.logprobs)) for _, one in answers], batch_first=True),
+        advantages=torch.tensor([[2 * one.reward - 1] for _, one in answers]),
+    )
+
+
+def padded(policy: Policy, micro_batches: list[Padded]) -> Step:
     """The ancestors': logits of all tokens of padded rows, then log_softmax row by row, in the model's dtype."""
-    ids, seen, prompts, scored = padded_rows(groups)
-    old = pad_sequence([torch.from_numpy(unpack(one.logprobs)) for group in groups for one in group.completions], True)
-    advantages = advantages_of(groups)[:, None]
+    tokens = tokens_of(micro_batches)
 
     def work() -> None:
         policy.model.set_attn_implementation("sdpa")
-        policy._engine.set_gradient_accumulation_boundary(True)
-        logits = policy.model(ids, attention_mask=seen).logits[:, :-1]
-        rows = zip(logits, ids[:, 1:], strict=True)
-        logprobs = torch.stack([row.log_softmax(-1).gather(1, target[:, None])[:, 0] for row, target in rows])
-        policy.backward(plain_loss(logprobs[:, prompts - 1 :].float(), scored, old, advantages))
+        for number, micro in enumerate(micro_batches, 1):
+            policy._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            logits = policy.model(micro.ids, attention_mask=micro.seen).logits[:, :-1]
+            rows = zip(logits, micro.ids[:, 1:], strict=True)
+            logprobs = torch.stack([row.log_softmax(-1).gather(1, target[:, None])[:, 0] for row, target in rows])
+            policy.backward(plain_loss(logprobs[:, micro.prompt - 1 :].float(), micro, tokens))
 
     return work, policy.update
 
 
-def trl(directory: Path, groups: list[Group], options: argparse.Namespace) -> Step:
-    """GRPOTrainer's `_compute_loss`, its model as it loads it, AdamW of torch."""
+def trl(directory: Path, micro_batches: list[Padded], options: argparse.Namespace) -> Step:
+    """GRPOTrainer's `_compute_loss` of each micro-batch, and its optimizer; model, autocast and checkpointing too."""
+    trainer = trl_trainer(directory, len(micro_batches), options)
+    model, optimizer = trainer.model, trainer.create_optimizer()
+    tokens = torch.tensor(float(tokens_of(micro_batches)))
+    inputs = [
+        {
+            "prompt_ids": micro.ids[:, : micro.prompt], "prompt_mask": micro.seen[:, : micro.prompt],
+            "completion_ids": micro.ids[:, micro.prompt :], "completion_mask": micro.scored.long(),
+            "advantages": micro.advantages[:, 0], "num_items_in_batch": tokens,
+        }
+        for micro in micro_batches
+    ]  # fmt: skip
+
+    def work() -> None:
+        for one in inputs:
+            trainer._compute_loss(model, one).backward()
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return work, update
+
+
+def trl_trainer(directory: Path, micro_batches: int, options: argparse.Namespace):
+    """A GRPOTrainer that accumulates so many micro-batches, as it stands when `train` has begun."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    count = sum(len(group.completions) for group in groups)
     trainer = GRPOTrainer(
         model=str(directory),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(
-            output_dir="/tmp", report_to="none", use_cpu=True, bf16=False, beta=0.0, num_generations=count,
-            gradient_checkpointing=options.checkpointing == "on", per_device_train_batch_size=count,
+            output_dir=tempfile.gettempdir(), report_to="none", use_cpu=True, bf16=options.dtype == "bfloat16",
+            beta=0.0, per_device_train_batch_size=options.rows, gradient_accumulation_steps=micro_batches,
+            num_generations=options.rows * micro_batches, gradient_checkpointing=options.checkpointing == "on",
             model_init_kwargs={"dtype": options.dtype},
         ),
         train_dataset=Dataset.from_list([{"prompt": ""}]),
     )  # fmt: skip
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps = micro_batches
     trainer.model.train()
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-6)
-    ids, seen, prompts, scored = padded_rows(groups)
-    inputs = {
-        "prompt_ids": ids[:, :prompts], "prompt_mask": seen[:, :prompts], "completion_ids": ids[:, prompts:],
-        "completion_mask": scored.long(), "advantages": advantages_of(groups),
-        "num_items_in_batch": scored.sum().float(),
-    }  # fmt: skip
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return lambda: trainer._compute_loss(trainer.model, inputs).backward(), update
+    if options.checkpointing == "on":  # what the configuration says is done only in `train`
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    return trainer
 
 
-def padded_rows(groups: list[Group]) -> tuple[Tensor, Tensor, int, Tensor]:
-    """ids and attention mask [c, p + l], p, and which of the l completion tokens are some [c, l]."""
-    prompts = [torch.from_numpy(unpack(one.prompt).astype(np.int64)) for one in groups for _ in one.completions]
-    answers = [torch.from_numpy(unpack(one.tokens).astype(np.int64)) for group in groups for one in group.completions]
-    left = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
-    ids = torch.cat([left, pad_sequence(answers, batch_first=True, padding_value=-1)], dim=1)
-    prompt = left.shape[1]
-    return ids.clamp(min=0), (ids >= 0).long(), prompt, ids[:, prompt:] >= 0
+def tokens_of(micro_batches: list[Padded]) -> int:
+    """Completion tokens, over which losses are means."""
+    return sum(int(micro.scored.sum()) for micro in micro_batches)
 
 
-def advantages_of(groups: list[Group]) -> Tensor:
-    """[c]; which ones is no matter of speed."""
-    return torch.tensor([2 * one.reward - 1 for group in groups for one in group.completions])
-
-
-def plain_loss(logprobs: Tensor, scored: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """PPO's clipped loss, mean over tokens."""
-    ratio = ((logprobs - old) * scored).clamp(-20, 20).exp()
-    losses = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    return (losses * scored).sum() / scored.sum()
+def plain_loss(logprobs: Tensor, micro: Padded, tokens: int) -> Tensor:
+    """PPO's clipped loss [c, l] -> the micro-batch's part of the mean over all `tokens` of the step."""
+    ratio = ((logprobs - micro.old) * micro.scored).clamp(-20, 20).exp()
+    losses = -torch.minimum(ratio * micro.advantages, ratio.clamp(0.8, 1.2) * micro.advantages)
+    return (losses * micro.scored).sum() / tokens
 
 
 if __name__ == "__main__":

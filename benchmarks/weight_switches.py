@@ -8,14 +8,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.child import tidy_when_stopped
 from benchmarks.measure import emit
 from benchmarks.rank_zero import rank_zero
 from benchmarks.untrained import CHANGE, Untrained
-from benchmarks.weights_notes import NOTES, percentile, stall
+from benchmarks.weights_notes import COLUMNS, NOTES, parts, summary
 from protocol.messages import Pulse
 from protocol.metrics import read_metrics
 from protocol.process import end, start
@@ -29,8 +29,6 @@ from trainer.inbox import Inbox
 from trainer.publish import Publisher
 from trainer.shards import Entry
 
-PARTS = ("canary", "write", "announce", "read", "pause", "load", "first")
-COLUMNS = (*PARTS, "switch", "checked", "stall", "usual step", "floor", "of floor")
 SETTINGS = [
     "data.eval=", "eval.before=false", "eval.after=false", "objective.kl_beta=0.0", "trainer.steps=100000",
     "trainer.prompts_per_step=1", "trainer.max_staleness=100000", "network.beat_s=0.5", "network.lease_s=3600",
@@ -47,7 +45,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def measured(variant: str, options: argparse.Namespace) -> list[dict[str, object]]:
-    """p50 and p95 of one variant."""
+    """Median and largest of one variant; p95 only of so many switches that it is not the largest."""
     rank = f"lora.rank={options.rank if variant == 'adapter' else 0}"
     recipe = load(options.recipe, [*options.overrides, *SETTINGS, rank])
     limit_shards(int(options.shard_mb * 1e6) if variant == "sharded" else shards.SHARD_BYTES)
@@ -56,11 +54,7 @@ def measured(variant: str, options: argparse.Namespace) -> list[dict[str, object
         rundir.make()
         rundir.recipe.write_text(dump(recipe))
         switches = run(rundir, recipe, options.publishes)
-    return [
-        {"variant": variant, "MB": round(switches[0]["bytes"] / 1e6), "of": f"p{round(100 * share)}"}
-        | {part: round(percentile([one[part] for one in switches], share), 3) for part in COLUMNS}
-        for share in (0.5, 0.95)
-    ]
+    return summary(switches, {"variant": variant, "MB": round(switches[0]["bytes"] / 1e6)})
 
 
 def limit_shards(limit: int) -> None:
@@ -74,13 +68,14 @@ def limit_shards(limit: int) -> None:
 
 def run(rundir: RunDir, recipe: Recipe, publishes: int) -> list[dict]:
     """One sampler, and as many switches of its weights after a first one that does not count."""
+    environment = environments(recipe, 1)[0]  # within rank_zero there are no GPUs
     with rank_zero(rundir, recipe) as trainer:
         policy, publisher = Untrained(recipe, trainer.directory), trainer.publisher
         policy.change()
         steps = Steps(trainer.inbox, trainer.stop, publisher.publish(policy, True))
         steps.begin()
         rundir.write_endpoint(trainer.endpoint)
-        with sampler(rundir, recipe) as process:
+        with sampler(rundir, environment) as process:
             try:
                 wait(process, lambda: len(notes(rundir)) > 0, 300.0)
                 work = functools.partial(switch, rundir, policy, publisher, steps, process)
@@ -106,6 +101,8 @@ class Steps:
     def __init__(self, inbox: Inbox, stop: threading.Event, pulse: Pulse) -> None:
         self._inbox, self._stop = inbox, stop
         self._announced = pulse, 1
+        self._lock = threading.Lock()
+        """Around reading what is announced and committing it: no old notice may follow a new one."""
         inbox.commit(*self._announced)
         self._thread = threading.Thread(target=self._take, daemon=True)
 
@@ -114,12 +111,14 @@ class Steps:
         self._thread.start()
 
     def announce(self, pulse: Pulse, step: int) -> None:
-        self._announced = pulse, step
-        self._inbox.commit(pulse, step)
+        with self._lock:
+            self._announced = pulse, step
+            self._inbox.commit(pulse, step)
 
     def _take(self) -> None:
         while self._inbox.take(1) is not None:
-            self._inbox.commit(*self._announced)
+            with self._lock:
+                self._inbox.commit(*self._announced)
 
     def end(self) -> None:
         self._stop.set()
@@ -127,10 +126,10 @@ class Steps:
 
 
 @contextlib.contextmanager
-def sampler(rundir: RunDir, recipe: Recipe):
+def sampler(rundir: RunDir, environment: Mapping[str, str]):
     command = [sys.executable, "-m", "benchmarks.weights_sampler", str(rundir.path)]
     with (Path(tempfile.gettempdir()) / "benchmark-weights.log").open("wb") as log:
-        process = start(command, log=log, environment=environments(recipe, 1)[0])
+        process = start(command, log=log, environment=environment)
     try:
         yield process
     finally:
@@ -149,26 +148,6 @@ def switch(rundir: RunDir, policy: Untrained, publisher: Publisher, steps: Steps
     note = notes(rundir)[-1]
     size = sum(path.stat().st_size for path in (rundir.snapshots / pulse.snapshot).iterdir())
     return {"bytes": size, "path": rundir.snapshots / pulse.snapshot} | parts(done, published, policy.times, note)
-
-
-def parts(done: float, published: float, trainer: dict[str, float], note: dict) -> dict[str, float]:
-    """The trainer's and the sampler's points in time -> durations."""
-    names = ("announced", "read", "paused", "loaded", "first", "checked")
-    announced, read, paused, loaded, first, checked = (note[name] for name in names)
-    lost, usual = stall(note["sampled_at"], announced, checked)
-    return {
-        **trainer,
-        "write": published - done - sum(trainer.values()),
-        "announce": announced - published,
-        "read": read - announced,
-        "pause": paused - read,
-        "load": loaded - paused,
-        "first": first - loaded,
-        "switch": first - done,
-        "checked": checked - done,
-        "stall": lost,
-        "usual step": usual,
-    }
 
 
 def floor(switch: dict, rundir: RunDir) -> dict[str, float]:

@@ -19,6 +19,8 @@ that, under ZeRO 3). All times are seconds:
     checked    until the canary has passed, and completions may leave
     stall      that decoding stood still meanwhile, beyond the usual time of a step
     floor      the same bytes written, flushed, read and copied by nothing but the operating system, plus `load`
+
+"of" is the median of the publishes (p50) and the largest (max), column by column, and of 20 publishes or more p95 too.
 """
 
 import argparse

@@ -10,22 +10,21 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """Of one run. Rates are means over the window's steps, shares are of its seconds."""
+    """Of one run. Rates are means over the window's steps, shares are of its seconds. None: not recorded."""
 
     seconds: float
     steps: int
     rollouts: int
     tokens: float  # of completions
-    waited: float  # share in which the trainer waited for groups
-    published: float  # share in which it published weights
+    waited: float | None  # share in which the trainer waited for groups
+    published: float | None  # share in which it published weights
     idle: float | None = None  # share in which the sampler's engine had nothing to do
     wasted: float  # share of answered groups that were not trained
-    staleness: float  # optimizer steps, mean over tokens
-    dead: float  # share of groups without signal
+    staleness: float | None  # optimizer steps, mean over tokens
+    dead: float | None  # share of groups without signal
     peak_gb: float = 0.0  # of all processes
-    cpu_s: Mapping[str, float] = field(
-        default_factory=dict
-    )  # processor seconds of a step, of each process with all that it started
+    cpu_s: Mapping[str, float] = field(default_factory=dict)
+    """Processor seconds of a step, of each process with all that it started."""
 
     @property
     def step_s(self) -> float:
@@ -35,6 +34,16 @@ class Window:
     def rate(self) -> float:
         """Rollouts a second."""
         return self.rollouts / self.seconds
+
+    @property
+    def token_rate(self) -> float:
+        """Tokens of completions a second."""
+        return self.tokens / self.seconds
+
+    @property
+    def signal_rate(self) -> float | None:
+        """Rollouts a second of groups whose rewards differ."""
+        return None if self.dead is None else self.rate * (1 - self.dead)
 
     def __str__(self) -> str:
         cpu = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.cpu_s.items())
@@ -53,20 +62,24 @@ def window(records: Sequence[dict], warm: int, steps: int, rollouts: int, engine
     end = measured[-1]
     seconds = end["time_s"] - begin["time_s"]
 
-    def total(name: str) -> float:
-        return sum(record.get(name, 0.0) for record in measured)
+    def a_step(name: str) -> float | None:
+        values = [record[name] for record in measured if name in record]
+        return sum(values) / steps if values else None
+
+    def share(name: str) -> float | None:
+        return None if (mean := a_step(name)) is None else mean * steps / seconds
 
     return Window(
         seconds=seconds,
         steps=steps,
         rollouts=steps * rollouts,
-        tokens=total("completions/tokens"),
-        waited=total("time/wait_s") / seconds,
-        published=total("time/publish_s") / seconds,
+        tokens=steps * a_step("completions/tokens"),
+        waited=share("time/wait_s"),
+        published=share("time/publish_s"),
         idle=idle(engine, begin["time_s"], end["time_s"]),
         wasted=wasted(begin, end),
-        staleness=total("staleness/mean") / steps,
-        dead=total("frac_reward_zero_std") / steps,
+        staleness=a_step("staleness/mean"),
+        dead=a_step("frac_reward_zero_std"),
     )
 
 

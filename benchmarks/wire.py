@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from benchmarks.child import tidy_when_stopped
 from benchmarks.hub_load import Size, make_group
 from benchmarks.measure import emit, interleaved, spread, timed
 from benchmarks.wire_formats import formats
@@ -45,7 +46,7 @@ def measured(size: Size, clients: int, names: Sequence[str], options: argparse.N
         return found[name][-1]["rate"]
 
     rates = interleaved({name: functools.partial(run, name) for name in names}, options.rounds)
-    raw = [np.array(rates["raw, CURVE"]), min(one["busiest"] / one["trained"] for one in found["raw, CURVE"])]
+    raw = [np.array(rates["raw, CURVE"]), per_group(found["raw, CURVE"], "busiest")]
     facts = {"prompt": size.prompt, "length": size.length, "ids": 8 * size.id_bytes, "ref": size.reference}
     return [
         facts | {"clients": clients, "way": name} | row(size, found[name], *raw)
@@ -58,18 +59,25 @@ def whole_steps(groups: int, per_step: int) -> int:
     return max(1, groups // per_step) * per_step
 
 
-def row(size: Size, found: Sequence[Mapping], raw_rates: np.ndarray, raw_busiest: float) -> dict[str, object]:
+def per_group(found: Sequence[Mapping], name: str) -> np.ndarray:
+    """CPU seconds, of each round."""
+    return np.array([one[name] / one["trained"] for one in found])
+
+
+def row(size: Size, found: Sequence[Mapping], raw_rates: np.ndarray, raw_busiest: np.ndarray) -> dict[str, object]:
     """of raw: rates by the clock, of the same round. of raw by CPU: the busiest thread's work a group, as if each
-    thread had a core for itself."""
-    ratios = np.array([one["rate"] for one in found]) / raw_rates
-    cpu = min(one["cpu"] / one["trained"] for one in found)
-    busiest = min(one["busiest"] / one["trained"] for one in found)
+    thread had a core for itself. Medians; min and max belong to the column before them."""
+    ratios = spread(np.array([one["rate"] for one in found]) / raw_rates)
+    everything, busiest = per_group(found, "cpu"), per_group(found, "busiest")
+    cpu, busy = spread(everything * 1e6), spread(busiest * 1e6)
     rate, last = spread([one["rate"] for one in found])["median"], found[-1]
     return {
-        "rollouts/s": round(size.completions * rate), "of raw": round(float(np.median(ratios)), 2),
-        "min": round(float(ratios.min()), 2), "max": round(float(ratios.max()), 2),
-        "CPU us/group": round(cpu * 1e6), "busiest us": round(busiest * 1e6),
-        "of raw by CPU": round(raw_busiest / busiest, 2), "CPU s/1e6 tokens": round(cpu / size.tokens * 1e6, 3),
+        "rollouts/s": round(size.completions * rate), "of raw": round(ratios["median"], 2),
+        "min": round(ratios["min"], 2), "max": round(ratios["max"], 2),
+        "CPU us/group": round(cpu["median"]), "CPU min": round(cpu["min"]), "CPU max": round(cpu["max"]),
+        "busiest us": round(busy["median"]), "busiest min": round(busy["min"]), "busiest max": round(busy["max"]),
+        "of raw by CPU": round(float(np.median(raw_busiest / busiest)), 2),
+        "CPU s/1e6 tokens": round(cpu["median"] / size.tokens, 3),
         **{name: last[name] for name in ("sent", "received", "trained", "dropped")},
     }  # fmt: skip
 
@@ -101,6 +109,7 @@ def main() -> None:
     flags.add_argument("--per-step", type=int, default=64, help="groups of a step")
     flags.add_argument("--clients", type=int, nargs="+", default=[1, 2])
     options = flags.parse_args()
+    tidy_when_stopped()
     parts = [options.only] if options.only else ["bytes", "sizes", "formats"]
     facts = {"rounds": options.rounds, "groups": options.groups, "per_step": options.per_step, "window": WINDOW}
     if "bytes" in parts:

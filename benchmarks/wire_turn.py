@@ -6,14 +6,14 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import zmq
 
 from benchmarks.hub_load import Size, agreed, answer_all, make_group, make_recipe, make_session
-from benchmarks.processes import forked, free_port, spent_since, stop_all, thread_seconds
+from benchmarks.processes import Children, free_port, spent_since, thread_seconds
 from benchmarks.wire_formats import dealer, formats, receive_all, send_all
 from protocol import codec
 from protocol.channel import Hub
@@ -66,13 +66,10 @@ def together(
     how long each group took one way, in seconds. Exits where the counts do not add up."""
     works = [server, *(functools.partial(client, number) for number in range(clients))]
     outs = [directory / f"{index}.json" for index in range(len(works))]
-    log = directory / "log"
-    children = [
-        forked(lambda w=work, o=out: o.write_bytes(msgspec.json.encode(w())), log)
-        for work, out in zip(works, outs, strict=True)
-    ]
-    if not ended_well(children):
-        raise SystemExit(log.read_text()[-2000:])
+    with Children(directory / "log") as children:
+        for work, out in zip(works, outs, strict=True):
+            children.start(lambda w=work, o=out: o.write_bytes(msgspec.json.encode(w())))
+        children.wait()
     hub, *sides = [msgspec.json.decode(out.read_bytes()) for out in outs]
     sent = {key: begun for side in sides for key, begun in side["times"].items()}
     frames, dropped = sum(side["frames"] for side in sides), sum(hub["dropped"].values())
@@ -85,21 +82,6 @@ def together(
         "late": [hub["times"][key] - begun for key, begun in sent.items()],
         "sent": frames, "received": hub["frames"], "trained": hub["trained"], "dropped": dropped,
     }  # fmt: skip
-
-
-def ended_well(children: Sequence[int]) -> bool:
-    """Waits for all; where one fails, ends the others."""
-    left = set(children)
-    while left:
-        for child in list(left):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                left.remove(child)
-                if status:
-                    stop_all(sorted(left))
-                    return False
-        time.sleep(0.005)
-    return True
 
 
 # -- vesper's own way ----------------------------------------------------------------------------------------

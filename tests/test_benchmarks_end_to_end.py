@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import end_to_end
 from benchmarks.comparison import table
-from benchmarks.peers import PEERS, Workload, kill, processor_s, watched
+from benchmarks.peers import PEERS, Peer, Workload, kill, processor_s, watched
 from benchmarks.vowels import vowels
 from benchmarks.window import bounds, idle, wasted, window
-from protocol.errors import RunError
+from protocol.errors import RunError, UserError
 from protocol.memory import _tree
 from protocol.metrics import MetricsWriter
 from protocol.resolve import dump, load
@@ -42,6 +44,7 @@ def test_a_window_is_between_the_ends_of_two_steps():
     assert found.seconds == 25.0 and found.rollouts == 128 and found.tokens == 500.0
     assert found.rate == 128 / 25 and found.step_s == 12.5
     assert found.waited == 0.2 and found.published == 0.1 and found.staleness == 0.75  # nothing of the warm-up
+    assert found.dead is None and found.signal_rate is None  # not recorded is not zero
 
 
 @pytest.mark.parametrize(("warm", "steps"), [(1, 4), (3, 2), (0, 2)])
@@ -81,26 +84,90 @@ def test_ratios_and_efficiency_are_of_windows_of_the_same_round():
     found = {"ours": lasting(20.0, 40.0, 10.0), **alone, "trl-generate": lasting(64.0, 128.0), "trl-colocate": {}}
     ours, _, _, peer = table("fixed", found)
     assert ours["N/(G+L)"] == 3.0 and ours["N/max(G,L)"] == 4.8 and ours["efficiency"] == 0.8
-    assert ours["rollouts/s"] == 3.2 and ours["ours is"] == "1.00x"
-    assert peer["system"] == "trl-generate" and peer["ours is"] == "3.20x" and "efficiency" not in peer
+    assert ours["from"] == ours["to"] == 0.8 and ours["rollouts/s"] == 3.2 and ours["ours / it"] == 1.0
+    assert peer["system"] == "trl-generate" and "efficiency" not in peer
+    assert peer["ours / it"] == peer["least"] == peer["most"] == peer["by tokens"] == 3.2
 
 
 def test_a_table_without_ours_or_the_bounds_has_no_ratios():
     [row] = table("natural", {"ours-staleness-0": lasting(20.0)})
-    assert row["s a step"] == 20.0 and not {"ours is", "efficiency"} & set(row)
+    assert row["s a step"] == 20.0 and not {"ours / it", "efficiency"} & set(row)
 
 
-WORKLOAD = Workload(name="fixed", tokens=24, fixed=True, warm=1, steps=2, dtype="float32", cores=2)
+WORKLOAD = Workload(name="fixed", tokens=24, fixed=True, warm=1, steps=2, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_all_systems_are_given_the_same_work(name):
     ours, recipe = PEERS["ours"].recipe(WORKLOAD), PEERS[name].recipe(WORKLOAD)
     for part in ("data", "sampling", "objective", "optimizer", "model"):
-        assert getattr(recipe, part) == getattr(ours, part)
+        assert getattr(recipe, part) == getattr(ours, part) or (name, part) == ("ours-float32", "model")
     assert recipe.trainer.prompts_per_step == 8 and recipe.sampling.group_size == 8
     assert recipe.sampling.max_tokens == 24 and recipe.trainer.steps >= 3
     assert load(None, []) != recipe and not recipe.eval.before
+
+
+@pytest.mark.parametrize("name", ["trl-generate", "trl-colocate-patched"])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_trl_is_told_the_same_work_in_its_own_words(tmp_path, name, fixed):
+    pytest.importorskip("trl")
+    from benchmarks.trl_step import configuration
+
+    vllm = "colocate" in name
+    recipe = PEERS[name].recipe(replace(WORKLOAD, fixed=fixed))
+    options = SimpleNamespace(vllm=vllm, fixed=fixed, rows=8, uncorrected=False, records=tmp_path / "records.jsonl")
+    told = configuration(recipe, options)
+    assert told.per_device_train_batch_size * told.gradient_accumulation_steps == 64 == told.generation_batch_size
+    assert told.num_generations == 8 and told.max_completion_length == 24 and told.num_iterations == 1
+    assert told.learning_rate == recipe.optimizer.learning_rate and told.beta == 0.0 and told.temperature == 1.0
+    assert told.bf16 and told.model_init_kwargs["dtype"] == "bfloat16" and not told.gradient_checkpointing
+    ends = {"ignore_eos": True} if vllm else {"min_new_tokens": 24}
+    assert told.generation_kwargs == (ends if fixed else None) and told.use_vllm == vllm and told.top_p == 1.0
+
+
+def test_windows_that_no_record_could_fill_are_refused_before_anything_runs(capsys):
+    for wrong in (["--warm", "0"], ["--steps", "0"], ["--dtype", "float32", "--systems", "trl-colocate-patched"]):
+        with pytest.raises(SystemExit, match="2"):
+            end_to_end.main(wrong)
+        assert "at least 1" in capsys.readouterr().err or "dtype" in wrong[0]
+
+
+def test_records_of_an_earlier_run_are_not_measured_again(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "trainer.jsonl").write_text("")
+    with pytest.raises(UserError, match="earlier run"):
+        PEERS["ours"].measure(WORKLOAD, tmp_path)
+
+
+def test_a_peer_that_starts_in_part_leaves_nothing(tmp_path):
+    started = []
+
+    def begin(peer, workload, rundir):
+        started.append(subprocess.Popen(["sleep", "60"]))
+        yield "trainer", started[0]
+        raise UserError("no such GPU")
+
+    with pytest.raises(UserError, match="no such GPU"):
+        Peer(begin=begin).measure(WORKLOAD, tmp_path / "run")
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_the_baseline_without_skipping_computes_groups_without_signal(monkeypatch):
+    pytest.importorskip("torch")
+    from benchmarks.unskipped import leave_nothing_out
+    from tests.groups import make_group
+    from trainer import batch
+    from trainer.advantage import ADVANTAGES
+
+    def tokens():
+        dead, settings = make_group(1, rewards=[1.0] * 4), load(None, ["objective.kl_beta=0"])
+        made = batch.make_batch([dead], settings, ADVANTAGES["group"], rank=0, world=1, step=0)
+        return made.figures["train/tokens"]
+
+    monkeypatch.setattr(batch, "_trained", batch._trained)  # put back afterwards
+    assert tokens() == 0
+    leave_nothing_out()
+    assert tokens() > 0
 
 
 def test_trl_sees_our_prompts_in_our_order(tmp_path):

@@ -1,16 +1,25 @@
 """The arithmetic of the benchmarks of sampler and weights. Never how fast."""
 
+import os
+import re
 import subprocess
 import sys
-from pathlib import Path
+import threading
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from benchmarks import sampler_turns, weight_switches
 from benchmarks.child import Child
-from benchmarks.sampler_turns import Measured, row
-from benchmarks.weight_switches import parts
-from benchmarks.weights_notes import percentile, stall
+from benchmarks.sampler import VARIANTS
+from benchmarks.sampler_turns import Measured, environment_of, kind_of, parameters, roofs, row
+from benchmarks.weights_notes import COLUMNS, parts, percentile, stall, summary
+from protocol.resolve import load
+from protocol.rundir import RunDir
+from tests.tiny import make_model
 from trainer.shards import finite
 
 STEP_S = 0.125
@@ -29,6 +38,49 @@ def test_a_percentile_is_one_of_the_values():
     assert percentile(values, 0.5) == 10.0
     assert percentile(values, 0.95) == 19.0
     assert percentile([3.0], 0.95) == 3.0
+
+
+@pytest.mark.parametrize(("count", "rows"), [(12, {"p50": 6, "max": 12}), (20, {"p50": 10, "p95": 19, "max": 20})])
+def test_p95_is_left_out_where_it_is_the_largest(count, rows):
+    switches = [dict.fromkeys(COLUMNS, float(value)) for value in range(count, 0, -1)]
+    found = summary(switches, {"variant": "full"})
+    assert {one["of"]: one["switch"] for one in found} == rows
+
+
+def test_no_old_weights_are_announced_after_new_ones():
+    begun, go_on, committed = threading.Event(), threading.Event(), []
+
+    def commit(pulse, step):
+        if threading.current_thread() is taking:
+            begun.set()
+            go_on.wait(10)
+        committed.append(pulse)
+
+    takes = iter(["group", None])
+    steps = weight_switches.Steps(SimpleNamespace(commit=lambda *_: None, take=lambda _: next(takes)), None, "old")
+    steps._inbox.commit = commit
+    taking = steps._thread
+    taking.start()
+    assert begun.wait(10)
+    threading.Timer(0.2, go_on.set).start()
+    steps.announce("new", 2)
+    taking.join(10)
+    assert committed == ["old", "new"]
+
+
+def test_a_sampler_has_the_environment_from_outside_of_the_rank_without_gpus(monkeypatch, tmp_path):
+    """And what comes after finds the GPUs again."""
+    seen = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    monkeypatch.setattr(weight_switches, "start", lambda command, *, log, environment: seen.append(environment))
+    monkeypatch.setattr(weight_switches, "end", lambda process, grace_s: None)
+    monkeypatch.setattr(weight_switches, "wait", lambda *_: None)
+    monkeypatch.setattr(weight_switches, "counted", lambda *_: [os.environ["CUDA_VISIBLE_DEVICES"]])
+    recipe = load(None, [f"model.path={make_model(tmp_path / 'tiny')}", *weight_switches.SETTINGS])
+    rundir = RunDir(tmp_path / "run")
+    rundir.make()
+    assert weight_switches.run(rundir, recipe, 1) == [""]
+    assert seen == [{"CUDA_VISIBLE_DEVICES": "3"}] and os.environ["CUDA_VISIBLE_DEVICES"] == "3,4"
 
 
 def test_the_parts_of_a_switch_add_up_to_it():
@@ -52,6 +104,58 @@ def test_a_ratio_is_the_median_of_those_of_each_round():
     assert (found["tokens/s"], found["of first"], found["least"]) == (90, 0.9, 0.8)
     assert (found["by CPU"], found["of roof"]) == (0.8, 0.2)
     assert (found["python ms/token"], found["cpu ms/token"]) == (0.5, 5.0)
+
+
+def test_parameters_are_counted_whatever_type_the_files_have(tmp_path):
+    save_file({"a": torch.zeros(3, 5, dtype=torch.bfloat16), "b": torch.zeros(7)}, tmp_path / "one.safetensors")
+    save_file({"c": torch.zeros(2, dtype=torch.float64)}, tmp_path / "two.safetensors")
+    assert parameters(tmp_path) == 24
+
+
+def test_a_roof_of_wider_numbers_is_lower(tmp_path, monkeypatch):
+    """Same files, same speed of the machine: float32 has twice the bytes to read."""
+    directory, products = make_model(tmp_path / "tiny"), []
+
+    def calls_per_s(work):
+        memory = getattr(work, "__self__", None)
+        if memory is not None:
+            return 1e9 / memory.nbytes
+        products.append(work())
+        return 1e12  # reading is the limit
+
+    monkeypatch.setattr(sampler_turns, "roof", calls_per_s)
+    threads = torch.get_num_threads()
+    recipes = [load(None, [f"model.path={directory}", f"model.dtype={dtype}"]) for dtype in ("bfloat16", "float32")]
+    narrow, wide = (roofs(recipe)["roof tokens/s"] for recipe in recipes)
+    torch.set_num_threads(threads)
+    assert wide == pytest.approx(narrow / 2, rel=1e-3)
+    assert [one.dtype for one in products] == [torch.bfloat16, torch.float32]
+    assert products[0].shape == (recipes[0].sampler.max_running, 128)  # the model's intermediate size
+
+
+def test_each_variant_has_its_engine_and_bare_vllm_none_of_our_tuning(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [kind_of(variant) for variant in VARIANTS] == ["bare", "in-process", *["ours"] * 5]
+    recipe = load(None, [])
+    bare, inside, ours = (environment_of(kind, recipe) for kind in ("bare", "in-process", "ours"))
+    assert inside == ours == bare | {"GOMP_SPINCOUNT": ours["GOMP_SPINCOUNT"]}
+    assert "GOMP_SPINCOUNT" not in bare and bare["OMP_NUM_THREADS"] == ours["OMP_NUM_THREADS"]
+
+
+@pytest.mark.slow
+def test_bare_vllm_is_given_what_the_recipe_sets_and_no_more(tmp_path):
+    from benchmarks.engine_run import bare_arguments, plain, sampling
+
+    directory = make_model(tmp_path / "tiny")
+    recipe = load(None, [f"model.path={directory}", 'sampling.stop=["x"]', 'sampling.stop_after=["y"]'])
+    bare, inside = (bare_arguments(kind, recipe, directory) for kind in ("bare", "in-process"))
+    assert not {"disable_log_stats", "logprobs_mode", "worker_extension_cls"} & inside.keys()
+    assert "distributed_executor_backend" not in bare and bare == {
+        name: value for name, value in inside.items() if name != "distributed_executor_backend"
+    }
+    fixed, ends = sampling(recipe, directory, fixed=True)
+    assert (fixed["stop"], ends, fixed["ignore_eos"]) == ([], [], True)
+    assert plain(recipe, directory, fixed=True).stop == [] and plain(recipe, directory, fixed=False).stop == ["x", "y"]
 
 
 def test_a_child_that_ends_is_said_with_its_log(tmp_path):
@@ -84,7 +188,17 @@ def test_help_loads_no_engine(name):
     assert done.returncode == 0 and "--recipe" in done.stdout, done.stderr
 
 
-def test_parts_name_their_benchmark():
-    for name in ("engine_run", "sampler_turns", "weight_switches", "weights_notes", "weights_sampler", "child"):
-        text = Path(f"benchmarks/{name}.py").read_text()
-        assert "part of" in text and "python -m benchmarks." in text
+LIGHT, HEAVY = (
+    ("sampler_turns", "weight_switches", "weights_notes", "rank_zero", "child"),
+    ("engine_run", "weights_sampler"),
+)
+
+
+@pytest.mark.parametrize("name", [*LIGHT, *(pytest.param(name, marks=pytest.mark.slow) for name in HEAVY)])
+def test_a_part_that_is_started_alone_names_its_benchmark(name):
+    command = [sys.executable, "-m", f"benchmarks.{name}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    *_, said = done.stderr.splitlines()
+    named = re.findall(r"python -m (benchmarks\.\w+)", said)
+    assert done.returncode == 1 and "part of" in said and named, done.stderr
+    assert all(find_spec(one) for one in named)
