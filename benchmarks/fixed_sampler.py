@@ -20,14 +20,13 @@ def main() -> int:
 
 def make_fixed(recipe, directory: Path, snapshots: Path, **place):
     """An Engine that goes on after tokens that end a completion."""
+    from benchmarks.engine_run import sampling
     from sampler.engine import Engine, sampling_parameters
-    from sampler.sampling import settings
 
     class Fixed(Engine):
         def __init__(self) -> None:
             super().__init__(recipe, directory, snapshots, **place)
-            endless = {"ignore_eos": True, "stop": []}
-            self._parameters["train"] = sampling_parameters(settings(recipe, "train") | endless, [])
+            self._parameters["train"] = sampling_parameters(*sampling(recipe, directory, fixed=True))
 
     return Fixed()
 

@@ -1,8 +1,6 @@
 """The systems that `benchmarks.end_to_end` compares: how each is started, watched and ended."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -10,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.processes import free_port
+from benchmarks.processes import free_port, kill, processor_s
 from benchmarks.window import Window, window
 from launch.local import last_words
 from protocol.errors import RunError, UserError
-from protocol.memory import _tree, tree_gb
+from protocol.memory import tree_gb
 from protocol.metrics import read_metrics
-from protocol.process import _stat, start
+from protocol.process import start
 from protocol.recipe import Recipe
 from protocol.resolve import dump, load
 from protocol.rundir import RunDir
@@ -118,25 +116,6 @@ def watched(children: Processes, rundir: RunDir, warm: int, steps: int) -> tuple
         if time.monotonic() > deadline:
             raise RunError(f"{done} of {warm + steps} steps after {PATIENCE_S:.0f} s; --keep DIR keeps what was said")
         time.sleep(POLL_S)
-
-
-def processor_s(root: int) -> float:
-    """Of a process and all that it started, those that have ended included."""
-    ticks = sum(int(count) for pid in _tree(root) for count in _stat(pid)[11:15])  # user, system; children's
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def kill(child: subprocess.Popen) -> None:
-    """With all that it started: a signal to the leaders would have them save, and orphans go on."""
-    if child.poll() is not None:  # its number may be another's by now
-        return
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in _tree(child.pid):
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
-    child.wait()
 
 
 def launch(rundir: RunDir, name: str, module: str, *flags: object, **environment: str) -> subprocess.Popen:

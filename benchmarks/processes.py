@@ -1,9 +1,11 @@
-"""Children of a benchmark: forked after everything was imported, silent, ended with it."""
+"""Children of a benchmark: forked after everything was imported, silent, ended with it; and what processes cost."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 import traceback
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import msgspec
+import psutil
 
 
 class Children:
@@ -94,6 +97,35 @@ def spent_since(before: Mapping[int, float]) -> dict[str, float]:
     """CPU seconds of all threads, and of the busiest one."""
     spent = [seconds - before.get(thread, 0.0) for thread, seconds in thread_seconds().items()]
     return {"cpu": sum(spent), "busiest": max(spent)}
+
+
+def tree(root: int) -> list[psutil.Process]:
+    """The process and its descendants; none where it is gone."""
+    try:
+        return [found := psutil.Process(root), *found.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def processor_s(root: int) -> float:
+    """CPU seconds of a process and all that it started, those that have ended included."""
+    total = 0.0
+    for process in tree(root):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def kill(child: subprocess.Popen) -> None:
+    """With all that it started: a signal to the leaders would have them save, and orphans go on."""
+    if child.poll() is not None:  # its number may be another's by now
+        return
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in tree(child.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+    child.wait()
 
 
 def memory_mb() -> float:

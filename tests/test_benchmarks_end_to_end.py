@@ -14,7 +14,8 @@ import pytest
 
 from benchmarks import end_to_end
 from benchmarks.comparison import table
-from benchmarks.peers import PEERS, Peer, Workload, kill, processor_s, watched
+from benchmarks.peers import PEERS, Peer, Workload, watched
+from benchmarks.processes import kill, processor_s
 from benchmarks.vowels import vowels
 from benchmarks.window import bounds, idle, wasted, window
 from protocol.errors import RunError, UserError

@@ -109,6 +109,7 @@ class Running:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     result = Running(tmp_path_factory.mktemp("engine"))
+    result.call(result.engine.weights.load(publish(result.model, result.snapshots, 0)))
     yield result
     result.close()
 
@@ -118,7 +119,6 @@ def differently_trained(running: Running, seed: int) -> Path:
 
 
 def test_sampled_logprobs_are_the_trainers_at_the_sampling_temperature(running):
-    running.call(running.engine.weights.load(publish(running.model, running.snapshots, 0)))
     sampled = running.call(running.engine.generate(PROMPT, "train"))
     expected = logprobs(running.model, PROMPT, [one.tokens for one in sampled], temperature=0.7)
     gaps = np.concatenate([abs(one.logprobs - other) for one, other in zip(sampled, expected, strict=True)])
