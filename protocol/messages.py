@@ -6,9 +6,9 @@ and is trained once. Nothing here is kept by a sampler: all of it can be lost an
 
     sampler                                      trainer
     Hello  at start and after Who          ->    Welcome, or Rejection and no more
-    Beat   every beat_s and on every change ->   Pulse (which weights), Lease (which prompts), Stop
-    Group  one answered lease, until acked ->    Ack
-    Failure  a lease that cannot be answered ->  Ack
+    Beat   every beat_s and on new weights ->    Pulse (which weights), Lease (which prompts), Stop
+    Group  one answered lease, until acked ->    Ack, and Lease for the next
+    Failure  a lease that cannot be answered ->  the same
     Unreadable  the announced weights       ->   (the trainer looks at them itself)
     Bye    ends here; leases go to others        Who: say Hello first (the trainer was restarted)
 

@@ -123,7 +123,6 @@ class Session:
             self._failures += 1
             message = msgspec.structs.replace(message, number=self._failures)
         self._outbox[message.split, message.group_id] = message
-        self.changed()
 
     def unreadable(self, pulse: Pulse, why: str) -> None:
         """The announced weights cannot be read: the trainer should look at them, and the next pulse tries again."""
@@ -180,4 +179,3 @@ class Session:
         self._outbox.pop(work, None)
         self._sent.pop(work, None)
         self._held.discard(work)
-        self.changed()

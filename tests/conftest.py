@@ -1,9 +1,13 @@
-"""For every test file: what a library wrote into the environment does not reach the next one."""
+"""For every test file: what a library wrote into the environment does not reach the next one, and Ctrl-C is heard."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""A shell that starts the suite in the background has it ignored, and all that tests start inherits that."""
 
 
 @pytest.fixture(autouse=True, scope="module")

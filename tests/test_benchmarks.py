@@ -209,7 +209,10 @@ def test_a_benchmark_that_is_stopped_leaves_no_directory(tmp_path, number):
         while process.poll() is None and not list(tmp_path.glob("*/own/*")):
             time.sleep(0.05)
         process.send_signal(number)
-        process.wait(20)
+        try:
+            process.wait(20)
+        finally:
+            process.kill()
     assert process.returncode in (-signal.SIGINT, 143) and not list(tmp_path.iterdir())
 
 

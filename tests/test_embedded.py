@@ -16,10 +16,9 @@ from protocol.errors import StorageError, UserError
 
 REPOSITORY = Path(__file__).parent.parent
 MAKE_SLOWLY = """
-import signal, sys, time
+import sys, time
 from pathlib import Path
 from policy.embedded import made_once
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell ignores it
 
 def make(aside):
     (aside / "first").write_text("")
