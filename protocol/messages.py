@@ -6,7 +6,7 @@ and is trained once. Nothing here is kept by a sampler: all of it can be lost an
 
     sampler                                      trainer
     Hello  at start and after Who          ->    Welcome, or Rejection and no more
-    Beat   every beat_s and on new weights ->    Pulse (which weights), Lease (which prompts), Stop
+    Beat   every beat_s, sooner with news  ->    Pulse (which weights), Lease (which prompts), Stop
     Group  one answered lease, until acked ->    Ack, and Lease for the next
     Failure  a lease that cannot be answered ->  the same
     Unreadable  the announced weights       ->   (the trainer looks at them itself)

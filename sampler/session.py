@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 FIRST_HELLO_S = 0.1
 """Between the first two hellos; doubled up to `beat_s` until the trainer answers."""
+SOON_S = 0.5
+"""After a beat, before the next one tells of progress that came with an answer."""
 NEVER = float("-inf")
 
 Work = tuple[Split, int]
@@ -74,7 +76,7 @@ class Session:
         )
         self._welcomed = False
         self._next_hello, self._hello_pause = NEVER, FIRST_HELLO_S
-        self._next_beat = NEVER
+        self._last_beat = self._next_beat = NEVER
         self._held: set[Work] = set()
         self._outbox: dict[Work, Group | Failure] = {}
         self._sent: dict[Work, float] = {}
@@ -123,6 +125,7 @@ class Session:
             self._failures += 1
             message = msgspec.structs.replace(message, number=self._failures)
         self._outbox[message.split, message.group_id] = message
+        self._next_beat = min(self._next_beat, self._last_beat + SOON_S)
 
     def unreadable(self, pulse: Pulse, why: str) -> None:
         """The announced weights cannot be read: the trainer should look at them, and the next pulse tries again."""
@@ -148,7 +151,7 @@ class Session:
         messages += self._complaints
         self._complaints = []
         if now >= self._next_beat:
-            self._next_beat = now + self._network.beat_s
+            self._last_beat, self._next_beat = now, now + self._network.beat_s
             messages.append(self._beat())
         return messages
 

@@ -11,7 +11,7 @@ import pytest
 from protocol.channel import Hub
 from protocol.errors import Rejected, TrainerGone
 from protocol.keys import open_keys
-from protocol.messages import Agreement, DataSet, Lease, Pulse
+from protocol.messages import Ack, Agreement, DataSet, Lease, Pulse, Welcome
 from protocol.resolve import load
 from protocol.rundir import Endpoint, RunDir
 from protocol.snapshot import snapshot_id
@@ -152,6 +152,22 @@ def test_groups_flow_exams_are_answered_and_the_end_reaches_the_sampler(rundir, 
         inbox.finish(final=True)
         sampler.join(5)
     assert not sampler.is_alive() and sampler.error is None
+
+
+def test_many_answers_are_followed_by_few_beats_and_acknowledgements_by_none():
+    sets = {split: DataSet(rows=50, fingerprint=split) for split in ("train", "eval")}
+    session = Session("one", load(None, []).network, agreed("r"), sets, lambda held: Load(None, 0, 0), {})
+    session.on(Welcome(incarnation=1))
+    session.on(Lease(split="train", items=[(number, number) for number in range(9)]))
+    kinds = []
+    for number in range(9):
+        session.answer(make_group(number, session="one"))
+        kinds += [type(message).__name__ for message in session.due(10.0 + number / 10)]
+        session.on(Ack(split="train", group_id=number, status="accepted", why=""))
+        assert not session.due(10.0 + number / 10)
+    assert kinds == ["Group", "Beat", *["Group"] * 5, "Beat", *["Group"] * 3]
+    assert session.wake_at() == pytest.approx(11.0)
+    assert [type(message).__name__ for message in session.due(11.0)] == ["Beat"] and session.wake_at() == 16.0
 
 
 def test_a_sampler_may_come_first(rundir, ranks):
