@@ -13,15 +13,18 @@ from pathlib import Path
 
 import msgspec
 import tomli_w
+from msgspec.structs import replace
 
 from protocol.checks import check
+from protocol.dtypes import faster_dtype
 from protocol.errors import UserError
 from protocol.recipe import Recipe
 
 
-def load(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: Path | None, overrides: Sequence[str] = (), dtype: str | None = None) -> Recipe:
     """The recipe in `path` (None: all defaults) with `table.key=value` overrides applied.
 
+    dtype: that `model.dtype = "auto"` becomes; None: the one that is faster here.
     Raises UserError for an unreadable file, an unknown key, a wrong type or a contradiction.
     """
     tables = _read(path) if path else {}
@@ -31,6 +34,8 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
         recipe = msgspec.convert(tables, type=Recipe, strict=True)
     except msgspec.ValidationError as error:
         raise UserError(f"recipe {path or '(defaults)'}: {_explain(str(error))}") from None
+    if recipe.model.dtype == "auto":
+        recipe = replace(recipe, model=replace(recipe.model, dtype=dtype or faster_dtype()))
     check(recipe)
     return recipe
 

@@ -141,7 +141,7 @@ def resolve_recipe(
         previous = load(kept)
         if not recipe and not overrides:
             return RunDir(run), previous
-        wanted = load(recipe or kept, overrides)
+        wanted = load(recipe or kept, overrides, previous.model.dtype)
         _refuse_if_different(run, previous, wanted)
         if keep:
             write_atomic(kept, dump(wanted).encode())

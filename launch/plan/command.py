@@ -17,6 +17,7 @@ from launch.plan.shape import Shape, described, shape_of
 from launch.plan.storage import StorageNeed, gib, storage_need
 from launch.plan.surroundings import filesystem, free_bytes, unbindable, unwritable, versions
 from launch.plan.verdict import Verdict
+from protocol.dtypes import dtype_advice
 from protocol.errors import UserError
 from protocol.memory import GIB
 from protocol.recipe import Recipe
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     if (options.gpu_gb is None) != (options.gpus is None):
         raise UserError("--gpu-gb and --gpus describe a machine together: --gpus 3 --gpu-gb 24")
-    recipe = load(options.file, options.overrides)
+    recipe = load(options.file, options.overrides, "bfloat16" if options.gpus else None)
     here = machines.here() if options.gpus is None else machines.described(options.gpus, options.gpu_gb)
     plan = Plan(recipe=recipe, machine=here)
     directory, where = described(recipe.model)
@@ -48,13 +49,13 @@ def main(arguments: list[str]) -> int:
     size = f"{shape.parameters / 1e6:.1f} M parameters, {recipe.model.dtype}, {shape.context} positions"
     plan.say("model", f"{recipe.model.path}, {size}; {where}")
     rows, longest = look_at_data(plan, directory, shape.context)
-    look_at_memory(plan, options.file, options.overrides, shape, longest)
+    settled = [*options.overrides, f"model.dtype={recipe.model.dtype}"]  # `auto` is another on another machine
+    look_at_memory(plan, options.file, settled, shape, longest)
     plan.say("batch", arithmetic(recipe))
     if rows:
         plan.say("", consequences(recipe, longest, rows))
     look_at_exchange(plan, shape, longest)
-    if advice := learning_rate_advice(recipe):
-        plan.doubtful.append(advice)
+    plan.doubtful += filter(None, (learning_rate_advice(recipe), None if here.elsewhere else dtype_advice(recipe)))
     need = storage_need(shape, recipe)
     plan.say("disk", need.words())
     if not here.elsewhere:
