@@ -1,6 +1,5 @@
 """`model.dtype = "auto"`: which dtype a machine computes faster, and that a run keeps what it began with."""
 
-
 import pytest
 
 from protocol import dtypes

@@ -27,7 +27,7 @@ def command(*options: object) -> list[str]:
 def test_the_demo_is_probed(tmp_path):
     """Every figure follows from the completions beside the result."""
     out = tmp_path / "demo.json"
-    options = command("--seconds", 15, "--out", out)
+    options = command("--seconds", 40, "--out", out)
     done = subprocess.run(options, capture_output=True, text=True, timeout=400, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found, groups = json.loads(out.read_text()), grouped(completions(out))
@@ -40,7 +40,7 @@ def test_the_demo_is_probed(tmp_path):
     assert found["rewards"]["gsm8k"]["mean"] == pytest.approx(found["figures"]["pass_rate"])
     calls = probed["rewards"]["gsm8k"]
     assert calls["values"] == 8 * len(groups) and len(calls["seconds"]) == len(groups)
-    assert 15 * probed["tokens_per_s"] > sum(one.tokens for group in groups for one in group) / 3
+    assert 40 * probed["tokens_per_s"] > sum(one.tokens for group in groups for one in group) / 3
     assert probed["ends"] == {"2": "<|im_end|>"} and probed["closing"] is None
     for words in ("first prompt  '<|im_start|>system\\nSolve.", "dead groups", "s a step", "max_tokens", "[8]"):
         assert words in done.stdout

@@ -49,7 +49,7 @@ class Policy:
         refuse_other_kernels(ranks, f"attention {attention}")
         scorer = TokenLogprobs(self.model, recipe.sampling.temperature, recipe.trainer.logits_chunk, attention)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = adamw(trainable, recipe.optimizer)
+        optimizer = adamw(trainable, recipe.optimizer, ranks.device)
         # An inference all-reduce that training never calls; building it needs a compiler and 40 s.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=ranks.backend)

@@ -20,8 +20,11 @@ def schedule(torch_optimizer: torch.optim.Optimizer, optimizer: Optimizer, steps
     return torch.optim.lr_scheduler.LambdaLR(torch_optimizer, lambda step: learning_rate_factor(step, optimizer, steps))
 
 
-def adamw(parameters: list[torch.nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:
-    """torch's, which needs no compiler. Decay for matrices only: norms and biases are no weights to shrink."""
+def adamw(parameters: list[torch.nn.Parameter], optimizer: Optimizer, device: torch.device) -> torch.optim.AdamW:
+    """torch's, which needs no compiler. Decay for matrices only: norms and biases are no weights to shrink.
+
+    device: where the weights will be. On a CPU one pass over them, without temporary copies.
+    """
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -30,6 +33,7 @@ def adamw(parameters: list[torch.nn.Parameter], optimizer: Optimizer) -> torch.o
         lr=optimizer.learning_rate,
         betas=optimizer.betas,
         eps=optimizer.epsilon,
+        fused=device.type == "cpu" or None,
     )
 
 

@@ -122,7 +122,7 @@ class Trainer(Process):
         elif self.phase == "exam" and self.stopping:
             self._stop()
         elif self.phase == "exam":
-            self._examine(self.after)
+            self.after()
 
     def _learn(self, groups: list[Group]) -> None:
         self.audit.taken(groups, self.steps)
