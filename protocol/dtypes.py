@@ -1,6 +1,7 @@
 """Which dtype this machine computes models in faster, known without loading torch."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -8,17 +9,22 @@ from protocol.process import visible_gpus
 from protocol.recipe import Recipe
 
 CPUINFO = Path("/proc/cpuinfo")
+Dtype = Literal["bfloat16", "float32"]
 
 
-def faster_dtype() -> Literal["bfloat16", "float32"]:
-    """What `model.dtype = "auto"` stands for: bfloat16 on GPUs, and on CPUs with units for it.
+def faster_dtype() -> Dtype:
+    """What `model.dtype = "auto"` stands for."""
+    # DeepSpeed's launcher names a GPU to its ranks on machines that have none.
+    return "bfloat16" if shutil.which("nvidia-smi") and visible_gpus() else cpu_dtype()
 
-    Those are AMX, and AMD's AVX512-BF16. One core's matrix products in bfloat16 and in float32, in GFLOP/s, torch 2.13:
-    240 to 320 and 72 to 85 (AMD EPYC), 80 and 145 (Intel Xeon, AVX512-BF16 and no AMX), 12 and 70 (the same with AVX2
-    alone, where a training step takes more than twenty times as long).
+
+def cpu_dtype() -> Dtype:
+    """bfloat16 on CPUs with units for it: AMX (not measured), and AMD's AVX512-BF16.
+
+    One core's matrix products in bfloat16 and in float32, in GFLOP/s, torch 2.13: 240 to 320, 72 to 85 (AMD EPYC), 80
+    and 145 (Intel Xeon, AVX512-BF16 and no AMX), 12 and 70 (the same with AVX2 alone, where a training step takes more
+    than twenty times as long).
     """
-    if visible_gpus():
-        return "bfloat16"
     try:
         text = CPUINFO.read_text()
     except OSError:
@@ -30,8 +36,8 @@ def faster_dtype() -> Literal["bfloat16", "float32"]:
 
 
 def dtype_advice(recipe: Recipe) -> str | None:
-    """One line where this machine computes the recipe's dtype slower than the other one."""
-    if recipe.model.dtype == "bfloat16" and faster_dtype() == "float32":
+    """One line where this CPU computes the recipe's dtype slower than the other one."""
+    if recipe.model.dtype == "bfloat16" and cpu_dtype() == "float32":
         return (
             "this CPU computes float32 faster than bfloat16, without AVX512 many times faster: "
             "model.dtype = 'auto' takes what is faster"

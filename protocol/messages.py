@@ -8,7 +8,7 @@ and is trained once. Nothing here is kept by a sampler: all of it can be lost an
     Hello  at start and after Who          ->    Welcome, or Rejection and no more
     Beat   every beat_s, sooner with news  ->    Pulse (which weights), Lease (which prompts), Stop
     Group  one answered lease, until acked ->    Ack, and Lease for the next
-    Failure  a lease that cannot be answered ->  the same
+    Failure  a lease that cannot be answered ->  Ack
     Unreadable  the announced weights       ->   (the trainer looks at them itself)
     Bye    ends here; leases go to others        Who: say Hello first (the trainer was restarted)
 

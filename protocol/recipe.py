@@ -34,7 +34,8 @@ class Model(Table, frozen=True):
     """Hub id, local directory, .gguf file, or `smollm2-135m-instruct` (embedded)."""
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "bfloat16"
-    """auto: bfloat16 or float32, whichever the machine on which the run begins computes faster (`dtypes.py`)."""
+    """auto: bfloat16 or float32, whichever the machine on which the run begins computes faster (`dtypes.py`); all that
+    is checked and said later is about that one."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: the trainer keeps the base of adapters in 4 bits (QLoRA, arXiv 2305.14314); samplers load its values."""
 

@@ -152,7 +152,7 @@ def resolve_recipe(
     if is_listed(rundir.recipe):  # of a run without --run, or of one that this machine did not see before
         return resolve_recipe(rundir.path, recipe, overrides, keep)
     write_atomic(rundir.recipe, dump(resolved).encode())
-    return rundir, resolved
+    return rundir, load(rundir.recipe)  # another process may have begun it at the same time
 
 
 LINEAGE = ("seed", "model", "lora", "data", "sampling", "reward")

@@ -48,7 +48,8 @@ def find(model: str, run: Path | None, recipe: Path | None, overrides: list[str]
     kept = run or (around if (path / "manifest.json").is_file() and (around / "recipe.toml").is_file() else None)
     if not recipe and kept:
         recipe = kept / "recipe.toml"
-    settings = load(recipe, overrides)
+    began = load(kept / "recipe.toml").model.dtype if kept else None
+    settings = load(recipe, overrides, began)
     if (path / "manifest.json").is_file():
         return _of_snapshot(open_sealed(path.resolve()), settings)
     if (path / "adapter_config.json").is_file():

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 FIRST_HELLO_S = 0.1
 """Between the first two hellos; doubled up to `beat_s` until the trainer answers."""
 SOON_S = 0.5
-"""After a beat, before the next one tells of progress that came with an answer."""
+"""After a beat, before the next one tells of answers and of the room that they left."""
 NEVER = float("-inf")
 
 Work = tuple[Split, int]
@@ -125,7 +125,7 @@ class Session:
             self._failures += 1
             message = msgspec.structs.replace(message, number=self._failures)
         self._outbox[message.split, message.group_id] = message
-        self._next_beat = min(self._next_beat, self._last_beat + SOON_S)
+        self._beat_soon()
 
     def unreadable(self, pulse: Pulse, why: str) -> None:
         """The announced weights cannot be read: the trainer should look at them, and the next pulse tries again."""
@@ -182,3 +182,7 @@ class Session:
         self._outbox.pop(work, None)
         self._sent.pop(work, None)
         self._held.discard(work)
+        self._beat_soon()  # the last beat may have counted it as held
+
+    def _beat_soon(self) -> None:
+        self._next_beat = min(self._next_beat, self._last_beat + SOON_S)

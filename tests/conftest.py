@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+# A shell that starts the suite in the background has it ignored, and all that tests start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-"""A shell that starts the suite in the background has it ignored, and all that tests start inherits that."""
 
 
 @pytest.fixture(autouse=True, scope="module")

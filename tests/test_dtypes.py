@@ -42,7 +42,10 @@ def test_with_a_gpu_it_is_bfloat16_and_without_cpuinfo_float32(monkeypatch, tmp_
     monkeypatch.setattr(dtypes, "CPUINFO", tmp_path / "nothing")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert faster_dtype() == "float32"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # as DeepSpeed's launcher sets it everywhere
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert faster_dtype() == "float32"
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert faster_dtype() == "bfloat16"
 
 

@@ -157,6 +157,8 @@ def test_a_stream_from_the_middle_of_a_run_needs_its_weights(run, tmp_path):
     keep(run, range(5, 7))
     with pytest.raises(UserError, match=r"begins with step 5.*weights of step 4 by --set model.path="):
         resolve_replay(run.path, tmp_path / "new", None, [])
+    with pytest.raises(UserError, match="begins with step 5"):
+        resolve_replay(run.path, tmp_path / "float32", None, ["model.dtype=float32"])
     assert resolve_replay(run.path, tmp_path / "other", None, ["model.path=elsewhere"])[1].model.path == "elsewhere"
 
 

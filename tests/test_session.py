@@ -167,7 +167,20 @@ def test_many_answers_are_followed_by_few_beats_and_acknowledgements_by_none():
         assert not session.due(10.0 + number / 10)
     assert kinds == ["Group", "Beat", *["Group"] * 5, "Beat", *["Group"] * 3]
     assert session.wake_at() == pytest.approx(11.0)
-    assert [type(message).__name__ for message in session.due(11.0)] == ["Beat"] and session.wake_at() == 16.0
+    [beat] = session.due(11.0)
+    assert beat.held == [] and session.wake_at() == 16.0
+
+
+def test_the_room_of_an_acknowledged_answer_is_told_soon():
+    """The beat beside an answer still counts it as held."""
+    sets = {split: DataSet(rows=50, fingerprint=split) for split in ("train", "eval")}
+    session = Session("one", load(None, []).network, agreed("r"), sets, lambda held: Load(None, 1 - len(held), 0), {})
+    session.on(Welcome(incarnation=1))
+    session.on(Lease(split="train", items=[(0, 0)]))
+    session.answer(make_group(0, session="one"))
+    assert [getattr(message, "want", None) for message in session.due(10.0)] == [None, 0]
+    session.on(Ack(split="train", group_id=0, status="accepted", why=""))
+    assert session.wake_at() == 10.5 and [beat.want for beat in session.due(10.5)] == [1]
 
 
 def test_a_sampler_may_come_first(rundir, ranks):

@@ -68,6 +68,14 @@ def test_files_are_short_and_say_what_the_flags_say(recipe, tmp_path, shape, cap
     assert capsys.readouterr().out.count("submit   sbatch ") == len(files)
 
 
+def test_jobs_with_gpus_compute_in_bfloat16_whatever_the_login_node_has(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("protocol.dtypes.CPUINFO", tmp_path / "nothing")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name, flags, dtype in (("gpu", ["--gpus-per-node", "2"], "bfloat16"), ("cpu", [], "float32")):
+        rendered(recipe, tmp_path / name, *flags, "--set", "model.dtype=auto")
+        assert load(tmp_path / name / "recipe.toml").model.dtype == dtype
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shellcheck_finds_nothing(recipe, tmp_path, shape):
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

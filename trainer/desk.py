@@ -100,7 +100,7 @@ class Desk:
             case Group():
                 return [(peer, self._group(message, sampler)), *self._grant(message.session, now)]
             case Failure():
-                return [(peer, self._failure(message)), *self._grant(message.session, now)]
+                return [(peer, self._failure(message))]
             case Unreadable():
                 log.error("sampler %s cannot read %s: %s", message.session, message.snapshot, message.why)
                 self._count("snapshots_unreadable")

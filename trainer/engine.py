@@ -16,6 +16,7 @@ from torch import Tensor
 from policy.kernels import equip, refuse_kernels
 from policy.logprobs import Packed, TokenLogprobs
 from policy.model import DTYPES, add_adapter, load_model
+from protocol.dtypes import dtype_advice
 from protocol.errors import StorageError
 from protocol.messages import Group
 from protocol.recipe import Recipe
@@ -46,6 +47,8 @@ class Policy:
         attention, kernels = equip(self.model, recipe.trainer, ranks.device)
         if ranks.first:
             log.info("%s", kernels)
+            if ranks.device.type == "cpu" and (advice := dtype_advice(recipe)):
+                log.warning("%s", advice)
         refuse_other_kernels(ranks, f"attention {attention}")
         scorer = TokenLogprobs(self.model, recipe.sampling.temperature, recipe.trainer.logits_chunk, attention)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -17,7 +17,6 @@ from policy.model import load_tokenizer
 from protocol.channel import Hub
 from protocol.cli import log_to_console
 from protocol.disk import write_atomic
-from protocol.dtypes import dtype_advice
 from protocol.errors import StorageError
 from protocol.keys import open_keys
 from protocol.messages import DataSet
@@ -123,7 +122,8 @@ def orphaned(stop: threading.Event) -> None:
 def whole_run(policy: Policy, inbox: Inbox, store: Store, exams: Exams, record: Record, recipe: Recipe) -> bool:
     """Held-out accuracy before, training, held-out accuracy after. False when asked to stop."""
     log.info("%s", arithmetic(recipe))
-    for advice in filter(None, (learning_rate_advice(recipe), dtype_advice(recipe))):
+    advice = learning_rate_advice(recipe)
+    if advice:
         log.warning("%s", advice)
     exams.look(policy)
     if not train(policy, inbox, store, exams, record, recipe):

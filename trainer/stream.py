@@ -120,7 +120,8 @@ def resolve_replay(stream: Path, run: Path | None, recipe: Path | None, override
     if not known and not kept.exists():
         raise UserError(f"there is no {kept} to replay {stream} with; give one by --recipe")
     rundir, resolved = resolve_recipe(run, recipe if known else kept, overrides)
-    if first > 1 and kept.exists() and load(kept).model == resolved.model:
+    began = load(kept).model if kept.exists() else None
+    if first > 1 and began and (began.path, began.revision) == (resolved.model.path, resolved.model.revision):
         raise UserError(
             f"{stream} begins with step {first}, the model of its recipe with step 1: name weights of step {first - 1} "
             f"by --set model.path=SNAPSHOT; the optimizer begins anew all the same"

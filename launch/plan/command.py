@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     if rows:
         plan.say("", consequences(recipe, longest, rows))
     look_at_exchange(plan, shape, longest)
-    plan.doubtful += filter(None, (learning_rate_advice(recipe), None if here.elsewhere else dtype_advice(recipe)))
+    plan.doubtful += filter(None, (learning_rate_advice(recipe), dtype_advice(recipe) if here.kind == "cpu" else None))
     need = storage_need(shape, recipe)
     plan.say("disk", need.words())
     if not here.elsewhere:

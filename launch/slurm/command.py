@@ -28,7 +28,9 @@ from protocol.rundir import RunDir, resolve_recipe
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     overrides = [*options.overrides, *of_node(options)]
-    recipe = load(options.file, overrides)
+    gpus = options.gpus_per_node > 0  # of the jobs; this machine's processors say nothing about those
+    recipe = load(options.file, overrides, "bfloat16" if gpus else None)
+    overrides += [f"model.dtype={recipe.model.dtype}"] * gpus
     run = (options.run or Path("runs") / recipe.name).absolute()
     plan = planned(options, recipe, run)
     if not options.dry_run:
