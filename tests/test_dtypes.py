@@ -3,10 +3,11 @@
 import pytest
 
 from protocol import dtypes
-from protocol.dtypes import dtype_advice, faster_dtype
+from protocol.dtypes import cpu_dtype, dtype_advice, faster_dtype
 from protocol.errors import UserError
 from protocol.resolve import dump, load
 from protocol.rundir import resolve_recipe
+from tests.golden import tiny
 
 CPUS = {
     "AMD with AVX512-BF16": ("AuthenticAMD", "fpu avx2 avx512f avx512_bf16", "bfloat16"),
@@ -63,3 +64,11 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_with_on_any_machine(cpu, tmp_p
     assert resolve_recipe(tmp_path / "run", recipe, [])[1] == begun
     with pytest.raises(UserError, match=r"started with another \[model\]"):
         resolve_recipe(tmp_path / "run", recipe, ["model.dtype=float32"])
+
+
+@pytest.mark.slow
+def test_a_rank_says_where_the_other_dtype_is_faster(tmp_path):
+    words = ["--replay", str(tiny.record(tmp_path)), "--set", "trainer.steps=1", "--set"]
+    slow = tiny.replayed(tmp_path / "bfloat16", *words, "model.dtype=bfloat16")
+    assert ("computes float32 faster" in slow) == (cpu_dtype() == "float32")
+    assert "computes float32 faster" not in tiny.replayed(tmp_path / "auto", *words, "model.dtype=auto")

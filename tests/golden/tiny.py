@@ -54,6 +54,12 @@ def record(directory: Path) -> Path:
 
 def replay(run: Path, *words: str) -> list[dict]:
     """The lines that a replay of one rank, in a process of its own, leaves in replay.jsonl: begin, steps, end."""
+    replayed(run, *words)
+    return [{name: line[name] for name in line if name != "time_s"} for line in read_metrics(run / "replay.jsonl")]
+
+
+def replayed(run: Path, *words: str) -> str:
+    """The same; -> its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,7 +69,7 @@ def replay(run: Path, *words: str) -> list[dict]:
     command = [sys.executable, "-m", "trainer", "--run", str(run), *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [{name: line[name] for name in line if name != "time_s"} for line in read_metrics(run / "replay.jsonl")]
+    return done.stderr
 
 
 def golden() -> dict:
