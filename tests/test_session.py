@@ -154,7 +154,7 @@ def test_groups_flow_exams_are_answered_and_the_end_reaches_the_sampler(rundir, 
     assert not sampler.is_alive() and sampler.error is None
 
 
-def test_many_answers_are_followed_by_few_beats_and_acknowledgements_by_none():
+def test_many_answers_are_followed_by_few_beats_and_acknowledgements_by_none_at_once():
     sets = {split: DataSet(rows=50, fingerprint=split) for split in ("train", "eval")}
     session = Session("one", load(None, []).network, agreed("r"), sets, lambda held: Load(None, 0, 0), {})
     session.on(Welcome(incarnation=1))
