@@ -299,7 +299,7 @@ class Run:
 
     def story(self) -> str:
         logs = sorted((self.path / "logs").glob("slurm-*.out"))
-        return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in logs)
+        return "\n".join(f"== {log.name}\n{log.read_text()}" for log in logs)
 
     def ends(self, *jobs: str, state: str = "COMPLETED") -> None:
         self.until(lambda: all(self.slurm.state(job) == state for job in jobs), 450)

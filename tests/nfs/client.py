@@ -172,10 +172,11 @@ class Client(mfusepy.Operations):
         return self._files.write(fh, data, offset)
 
     def truncate(self, path: str | None, length: int, fh: int | None = None) -> None:
-        target = fh if fh is not None else f"/proc/self/fd/{self._cache.get(path, fresh=True).handle}"
-        os.truncate(target, length)
-        if path:
+        if fh is None:
+            os.truncate(f"/proc/self/fd/{self._cache.get(path, fresh=True).handle}", length)
             self._cache.written(path)
+        else:
+            self._files.truncate(fh, length)
 
     def flush(self, path: str | None, fh: int) -> None:
         if self._files[fh].writes:
@@ -214,6 +215,11 @@ class Client(mfusepy.Operations):
             return waiting
 
 
+class Fuse(mfusepy.FUSE):
+    truncate_fuse_3 = mfusepy.FUSE.ftruncate
+    """mfusepy's own leaves out which open file libfuse 3 means, and files that are open have no other name here."""
+
+
 def control(client: Client, mountpoint: str) -> None:
     for line in sys.stdin:
         sys.stdout.write(json.dumps(client.obey(line)) + "\n")
@@ -239,7 +245,7 @@ def main() -> None:
     threading.Thread(target=control, args=(client, mountpoint), daemon=True).start()
     threading.Thread(target=ticking, daemon=True).start()
     options = {"entry_timeout": 0, "attr_timeout": 0, "negative_timeout": 0, "hard_remove": True, "direct_io": True}
-    mfusepy.FUSE(client, mountpoint, foreground=True, nothreads=True, default_permissions=True, **options)
+    Fuse(client, mountpoint, foreground=True, nothreads=True, default_permissions=True, **options)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,13 @@ class Files(dict[int, OpenFile]):
         self.alive(fh)
         return os.pread(fh, size, offset)
 
+    def truncate(self, fh: int, length: int) -> None:
+        file = self.alive(fh)
+        self.send(file)
+        os.ftruncate(fh, length)
+        file.size = length
+        self._cache.written(file.path)
+
     def send(self, file: OpenFile, size: int = sys.maxsize) -> None:
         """To the server, of what waits the first `size` bytes."""
         if not file.writes:
