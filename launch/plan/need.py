@@ -132,9 +132,9 @@ def logits(shape: Shape, recipe: Recipe, positions: int) -> float:
 
 
 def _step(shape: Shape, recipe: Recipe, kind: str) -> float:
-    """Copies that torch's AdamW makes of the second moment: one, on CPUs two. Or those of gradients, if more."""
+    """The copy that torch's AdamW makes of the second moment; none on CPUs (fused). Or those of gradients, if more."""
     share = recipe.trainer.gpus if recipe.trainer.zero_stage else 1
-    moments = (8 if kind == "cpu" else 4) * trained(shape, recipe) / share
+    moments = 0 if kind == "cpu" else 4 * trained(shape, recipe) / share
     return max(moments, _exchange(shape, recipe) if recipe.trainer.gpus > 1 else 0)
 
 
