@@ -167,7 +167,7 @@ def make_venv(steps: Steps, venv: Path) -> str:
 
 
 def install(steps: Steps, python: str, plan: Plan) -> None:
-    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "--timeout", "60", "--retries", "10"]
     if not plan.gpu:
         prepare_cpu_torch(steps, pip, plan)
     project = f".[{','.join(plan.extras)}]"
