@@ -57,7 +57,7 @@ def rates(values: Sequence[tuple[float, float]]) -> dict[str, float]:
     for column, speeds in zip(("GB/s", "by CPU"), zip(*values, strict=True), strict=True):
         found = spread(speeds)
         row |= {column: found["median"], f"{column} min": found["min"], f"{column} max": found["max"]}
-    return {name: round(value, 2) for name, value in row.items()}
+    return {name: float(f"{value:.3g}") for name, value in row.items()}
 
 
 def publish(parent: Path, step: int, data: bytes) -> None:

@@ -72,7 +72,7 @@ def test_the_gradient_is_the_same_for_any_ranks_rows_and_padding(tiny, objective
     assert scale > 0
     for name, batches in cuts.items():
         gap = (gradient(model, batches, **objective) - whole).norm() / scale
-        assert gap < 1e-6, f"{name}: {gap}"
+        assert gap < 1e-5, f"{name}: {gap}"
     varlen = gradient(model, cuts["three ranks, nothing divides"], "varlen", **objective)
     assert (varlen - whole).norm() / scale < 1e-5
 

@@ -214,10 +214,9 @@ def test_nothing_is_left_of_a_killed_system():
 
 def alive(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # gone, perhaps just now
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_system_that_fails_is_said_and_left_out(capsys):
@@ -266,6 +265,6 @@ def test_processor_seconds_count_what_a_process_started():
     code += "subprocess.run([sys.executable, '-c', burn]); print('up', flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child.stdout.readline()
-    assert 0.3 <= processor_s(child.pid) < 10
+    assert 0.25 <= processor_s(child.pid) < 10
     child.communicate()
     assert processor_s(child.pid) == 0.0

@@ -26,15 +26,17 @@ def receive(hub: Hub, timeout_s: float = 3.0):
     return hub.receive(timeout_s)
 
 
-def client(keys, hub: Hub, *, public: bytes | None, secret: bytes | None, server: bytes | None) -> list:
-    """What the hub hears of a client with these keys within a second."""
+def client(
+    keys, hub: Hub, *, public: bytes | None, secret: bytes | None, server: bytes | None, patience_s: float = 1.0
+) -> list:
+    """What the hub hears of a client with these keys."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         if server:
             socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = server, public, secret
         socket.connect(hub.address)
         socket.send(codec.encode(Bye(session="x")))
-        heard = hub.receive(1.0)
+        heard = hub.receive(patience_s)
     return [] if heard is None else [heard[1]]
 
 
@@ -44,7 +46,7 @@ def test_only_a_listed_key_with_the_right_server_key_is_heard(keys):
     ours = {"public": keys.sampler_public, "secret": keys.sampler_secret}
     strange = {"public": stranger_public, "secret": stranger_secret}
     with Hub(keys, "127.0.0.1", 0) as hub:
-        assert client(keys, hub, **ours, server=keys.hub_public) == [Bye(session="x")]
+        assert client(keys, hub, **ours, server=keys.hub_public, patience_s=15.0) == [Bye(session="x")]
         assert client(keys, hub, **strange, server=keys.hub_public) == []
         assert client(keys, hub, **ours, server=stranger_public) == []
         assert client(keys, hub, public=None, secret=None, server=None) == []
@@ -146,10 +148,10 @@ def test_a_peer_that_does_not_read_blocks_nobody_and_loses_nothing_in_silence(ke
             slowest = max(slowest, time.monotonic() - began)
             taken += not full
             assert taken < 5000, "the queue of a peer that does not read has no end"
-        assert slowest < 1.0 and hub.unsent == 1
+        assert slowest < 5.0 and hub.unsent == 1
         assert hub.send(other_peer, lease) and other.poll(3000)
         arrived = 0
-        while slow.poll(1000):
+        while slow.poll(5000):
             assert codec.decode_down(slow.recv()) == lease
             arrived += 1
         assert arrived == taken >= 256

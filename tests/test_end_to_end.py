@@ -136,6 +136,15 @@ def descendants_of(run: Path) -> list[str]:
     return alive
 
 
+def engines(sampler: subprocess.Popen) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(sampler.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "EngineCore" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
 def pids_of(run: Path) -> list[int]:
     """By a word in the environment; vLLM's processes overwrite theirs with a title, but write into the run's logs."""
     alive = []
@@ -247,10 +256,10 @@ def test_starting_a_complete_run_again_does_nothing_and_succeeds(whole):
 def test_a_dead_engine_ends_its_sampler_which_says_so_and_a_new_one_takes_over(tmp_path):
     recipe, run = make_recipe(tmp_path), tmp_path / "run"
     samples, trains = sampler(run, recipe), deepspeed(run, recipe)
-    wait_for(lambda: len(steps(run)) >= 1, trains, run)
-    names = {child: " ".join(child.cmdline()) for child in psutil.Process(samples.pid).children(recursive=True)}
-    [engine] = [child for child, name in names.items() if "EngineCore" in name]
+    wait_for(lambda: engines(samples), trains, run)  # now, because soon after its first step the run is over
+    [engine] = engines(samples)
     assert engine.pid in pids_of(run), "the check for leftovers would not see it"
+    wait_for(lambda: len(steps(run)) >= 1, trains, run)
     engine.kill()
     assert samples.wait(60) == 71, run.with_suffix(".sampler.log").read_text()[-2000:]
     said = (run / "FAILED.md").read_text()

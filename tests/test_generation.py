@@ -159,12 +159,14 @@ def test_held_out_prompts_are_answered_with_the_numbers_that_evaluation_needs(ru
 
 @pytest.mark.slow
 def test_a_group_without_signal_is_counted_and_its_reference_left_out_where_it_is_replaced(running, tmp_path):
-    """Nothing is right, as every text ends before its number."""
+    """Nothing is right."""
     recipe, prompts = of_demo("trainer.refill=1.0", "objective.kl_beta=0.04")
+    prompts["train"][0].columns["answer"] = "#### 987654"
     group, counts = answer(running, recipe, prompts, tmp_path, "train", 0, reference=True)
     assert [one.ref_logprobs for one in group.completions] == [None] * 8
     assert counts == {"groups": 1, "groups_without_signal": 1}
     recipe, prompts = of_demo("objective.kl_beta=0.04")  # trained like all
+    prompts["train"][0].columns["answer"] = "#### 987654"
     group, counts = answer(running, recipe, prompts, tmp_path, "train", 0, reference=True)
     assert all(len(unpack(one.ref_logprobs)) == len(unpack(one.tokens)) for one in group.completions)
     assert counts == {"groups": 1, "groups_without_signal": 1}

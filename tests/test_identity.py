@@ -72,11 +72,11 @@ def test_a_sampler_of_another_run_is_refused_by_the_run_id_and_ends_with_3_for_g
 def test_the_keys_of_another_run_open_nothing(tmp_path):
     """So a sampler whose run directory was left by an older run is not even heard."""
 
-    async def knocks(keys) -> bool:
+    async def knocks(keys, tries: int) -> bool:
         uplink = Uplink(keys, hub.address)
         sent = False
-        for _ in range(20):
-            sent = sent or await uplink.send(Hello(session="x", agreement=agreed, train=NOBODY, eval=NOBODY))
+        while tries and not sent:
+            sent, tries = await uplink.send(Hello(session="x", agreement=agreed, train=NOBODY, eval=NOBODY)), tries - 1
             await asyncio.sleep(0.05)
         uplink.close()
         return sent
@@ -85,9 +85,9 @@ def test_the_keys_of_another_run_open_nothing(tmp_path):
     older, newer = open_keys(tmp_path / "older"), open_keys(tmp_path / "newer")
     assert older.run_id != newer.run_id
     with Hub(newer, "127.0.0.1", 0) as hub:
-        asyncio.run(knocks(older))
+        asyncio.run(knocks(older, tries=20))
         assert hub.receive(0.2) is None
-        assert asyncio.run(knocks(newer)) and hub.receive(3.0)
+        assert asyncio.run(knocks(newer, tries=300)) and hub.receive(15.0)
 
 
 # -- H2, H3: two trainers ----------------------------------------------------------------------------------------

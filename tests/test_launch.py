@@ -122,21 +122,21 @@ def test_ending_a_worker_ends_all_that_it_started(tmp_path):
 
 def test_a_child_learns_that_a_launcher_above_its_parent_is_gone(tmp_path):
     """DeepSpeed's launcher dies on SIGTERM and leaves its ranks: they watch two generations."""
-    noticed = tmp_path / "noticed"
+    ready, noticed = tmp_path / "ready", tmp_path / "noticed"
     rank = (
         "import pathlib, time; from protocol.process import watch_ancestors;"
-        f"watch_ancestors(2, pathlib.Path({str(noticed)!r}).touch); time.sleep(30)"
+        f"watch_ancestors(2, pathlib.Path({str(noticed)!r}).touch);"
+        f"pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
     )
     middle = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
     top = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {middle!r}])"
     process = subprocess.Popen([sys.executable, "-c", top])
-    while len(psutil.Process(process.pid).children(recursive=True)) < 2:
+    while process.poll() is None and not ready.exists():
         time.sleep(0.05)
     below = psutil.Process(process.pid).children(recursive=True)
-    time.sleep(1.0)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not noticed.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     for child in below:

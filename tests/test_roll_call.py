@@ -221,7 +221,7 @@ def meeting(world: int, *present: int, **limits: float) -> list[BaseException | 
 
 def test_ranks_meet_and_one_that_never_comes_is_named_by_all_others():
     assert meeting(2, 0, 1) == [None, None]
-    one, other = meeting(3, 0, 1, come_s=1.0)
+    one, other = meeting(3, 0, 1, come_s=10.0)
     assert str(one) == str(other) and "not all of 3 ranks came" in str(one) and "rank 2 did not" in str(one)
 
 

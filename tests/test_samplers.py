@@ -106,6 +106,15 @@ def alive_in(directory: Path) -> list[int]:
     return found
 
 
+def named(part: str) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if part in child.name():
+                found.append(child)
+    return found
+
+
 def starts(place: Path, index: int) -> int:
     return len((place / f"starts{index}").read_text())
 
@@ -297,17 +306,18 @@ def test_one_engine_over_two_workers_has_the_trainers_weights_in_both_and_dies_w
         monkeypatch.setenv(name, value)
     running = Running(tmp_path, "sampler.gpus=2", "sampler.tensor_parallel=2")
     try:
-        workers = [child for child in psutil.Process().children(recursive=True) if "Worker_TP" in child.name()]
+        workers = named("Worker_TP")
         assert len(workers) == 2
         running.call(running.engine.weights.load(publish(running.model, running.snapshots, 0)))
         other = differently_trained(running, 1)
+        newer = publish(other, running.snapshots, 1)
 
         async def both():
             counted = running.engine.tokens
             generating = asyncio.create_task(running.engine.generate(PROMPT, "train"))
             while running.engine.tokens < counted + 40:
                 await asyncio.sleep(0.005)
-            await running.engine.weights.load(publish(other, running.snapshots, 1))
+            await running.engine.weights.load(newer)
             return await generating
 
         sampled = running.call(both())
@@ -318,9 +328,9 @@ def test_one_engine_over_two_workers_has_the_trainers_weights_in_both_and_dies_w
         lost = psutil.Process().children(recursive=True)
         workers[1].kill()
         with pytest.raises(EngineDead):
-            running.call(running.engine.generate(PROMPT, "train"), timeout_s=60)
+            running.call(running.engine.generate(PROMPT, "train"), timeout_s=120)
         assert running.engine.dead
     finally:
         running.close()
-    left = [process for process in psutil.wait_procs(lost, timeout=20)[1] if "VLLM" in process.name()]
+    left = [process for process in psutil.wait_procs(lost, timeout=60)[1] if "VLLM" in process.name()]
     assert not left

@@ -3,6 +3,7 @@
 import ast
 import base64
 import contextlib
+import gc
 import hmac
 import json
 import os
@@ -433,11 +434,12 @@ def test_only_a_regular_file_is_read(name, kind, tmp_path):
         (path / name).mkdir()
     else:
         (path / name).symlink_to("/dev/zero")
+    gc.collect()  # what other tests left open
     before = psutil.Process().num_fds()
     for _ in range(5):
         with pytest.raises(Corrupt):
             open_sealed(path, sha256).read("ds/model")
-    assert psutil.Process().num_fds() == before
+    assert psutil.Process().num_fds() <= before
 
 
 @pytest.mark.fault("O4")

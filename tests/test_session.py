@@ -150,7 +150,7 @@ def test_groups_flow_exams_are_answered_and_the_end_reaches_the_sampler(rundir, 
         spans = [span for group in answers for one in group.completions for span in one.spans]
         assert {span.snapshot for span in spans} == {"s00000006.i0001"}
         inbox.finish(final=True)
-        sampler.join(5)
+        sampler.join(60)
     assert not sampler.is_alive() and sampler.error is None
 
 
@@ -222,7 +222,7 @@ def test_a_sampler_of_another_model_is_refused_with_the_reason(rundir, ranks):
     with trainer(rundir, ranks):
         sampler = FakeEngine(rundir, model="another")
         sampler.start()
-        sampler.join(10)
+        sampler.join(60)
     assert isinstance(sampler.error, Rejected) and "model differs" in str(sampler.error)
 
 
@@ -230,7 +230,7 @@ def test_a_sampler_of_another_model_is_refused_with_the_reason(rundir, ranks):
 def test_a_sampler_without_a_trainer_gives_up_after_its_grace(rundir):
     sampler = FakeEngine(rundir)
     sampler.start()
-    sampler.join(15)
+    sampler.join(60)
     assert isinstance(sampler.error, TrainerGone) and "start one" in str(sampler.error)
 
 

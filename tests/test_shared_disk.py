@@ -5,6 +5,7 @@
 
 import ast
 import errno
+import gc
 import itertools
 import os
 import threading
@@ -115,12 +116,13 @@ def test_a_shard_replaced_by_what_is_no_file_is_refused_at_once(tmp_path, make):
         except Exception as error:
             caught.append(error)
 
+    gc.collect()  # what other tests left open
     before = len(os.listdir("/proc/self/fd"))
     thread = threading.Thread(target=reader, daemon=True)
     thread.start()
     thread.join(20)
     assert isinstance(caught[0], Corrupt) and "model.safetensors" in str(caught[0])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.fault("G3")

@@ -348,7 +348,7 @@ class Cluster:
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if child.pid != self._proxy and child.status() != psutil.STATUS_ZOMBIE:
-                    alive.append(" ".join(child.cmdline())[:120])
+                    alive.append(" ".join(child.cmdline()))
         return alive
 
     # -- the proxy, and the end ----------------------------------------------------------------------------------

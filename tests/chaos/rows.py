@@ -15,7 +15,7 @@ from protocol.evaluation import read
 from protocol.metrics import read_metrics
 from protocol.snapshot import listed, step_of
 from tests.chaos import toy
-from tests.chaos.cluster import Cluster, Violation
+from tests.chaos.cluster import Cluster
 from tests.chaos.nemesis import DEAD_S
 
 STEPS = 12
@@ -53,7 +53,7 @@ def run_rows(only: list[str]) -> int:
                 result = {"ok": True}
             except Skipped as reason:
                 result = {"ok": None, "why": str(reason)}
-            except (Violation, AssertionError) as error:
+            except Exception as error:
                 result = {"ok": False, "why": "".join(traceback.format_exception(error))[-1500:]}
             done[scenario] = result | {"seconds": round(time.monotonic() - began, 1)}
         sys.stdout.write(json.dumps({"row": name} | done[scenario]) + "\n")
@@ -566,9 +566,14 @@ def slurm_warns_the_trainer(place: Path, tmpfs: bool) -> None:
 @row("N2")
 def a_sampler_is_asked_to_stop(place: Path, tmpfs: bool) -> None:
     with Cluster(place, steps=40, samplers=2) as cluster:
-        cluster.run(after(cluster, 5, lambda: cluster.signal(cluster.samplers[0].pids[0], signal.SIGTERM)))
+        stop = once(
+            lambda: cluster.steps() >= 5 and log(cluster, "trainer").count(" joined (") >= 2,
+            lambda: cluster.signal(cluster.samplers[0].pids[0], signal.SIGTERM),
+        )
+        cluster.run(stop)
         assert {code for kind, code in cluster.exits if kind == "sampler"} == {0}
-        assert "said goodbye" in log(cluster, "trainer") and "was silent" not in log(cluster, "trainer")
+        said = log(cluster, "trainer").partition("held-out accuracy after 40 steps")[0]
+        assert "said goodbye" in said and "was silent" not in said
         check(cluster)
 
 
@@ -588,13 +593,14 @@ def the_shared_disk_hangs(place: Path, tmpfs: bool) -> None:
         cluster.samplers = [cluster.start_sampler(work=blind)]
         late = cluster.samplers[0].pids[0]
         asked: list[float] = []
+        said: list[str] = []
         stop = once(
             lambda: cluster.steps() >= 3 and time.monotonic() - cluster.steps_seen[-1][0] > 1.5 * DEAD_S,
-            lambda: (asked.append(time.monotonic()), cluster.signal(late, signal.SIGTERM)),
+            lambda: (asked.append(time.monotonic()), said.append(log(cluster, "trainer")), cluster.signal(late, 15)),
         )
         cluster.run(stop, until=lambda: bool(asked) and not any(late in job.alive for job in cluster.samplers))
         assert asked and time.monotonic() - asked[0] < 15, "it waited for the disk"
-        assert "was silent" not in log(cluster, "trainer"), "its beats stopped"
+        assert "was silent" not in said[0], "its beats stopped"
         cluster.run()
         check(cluster)
 
@@ -611,7 +617,7 @@ def asked_twice_to_stop(place: Path, tmpfs: bool) -> None:
         asked: list[float] = []
         first = after(cluster, 3, lambda: (cluster.signal(cluster.trainer.pids[0], 15), asked.append(time.monotonic())))
         again = once(
-            lambda: bool(asked) and time.monotonic() > asked[0] + 1.5,
+            lambda: bool(asked) and time.monotonic() > asked[0] + 4.0,
             lambda: cluster.signal(cluster.trainer.pids[0], 15),
         )
         cluster.run(lambda: (first(), again()))
