@@ -18,7 +18,7 @@ NF4_BYTES = 0.5 + 4 / 64
 
 RANK_BASE = {"cpu": 0.57 * GIB, "gpu": 1.5 * GIB}
 """A rank without a model: Python, torch and DeepSpeed (measured); on a GPU CUDA's context and NCCL (a guess)."""
-ENGINE_BASE = {"cpu": 2.0 * GIB, "gpu": 1.5 * GIB}
+ENGINE_BASE = {"cpu": 2.25 * GIB, "gpu": 1.5 * GIB}
 """An engine's processes without a model (measured); on a GPU vLLM's context, graphs and workspaces (a guess)."""
 SPARE = {"cpu": 1.5, "gpu": 1.1}
 """What comes and goes takes more than its size, because an allocator holds back what it got: on the CPU measured, where
