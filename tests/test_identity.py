@@ -78,6 +78,7 @@ def test_the_keys_of_another_run_open_nothing(tmp_path):
         while tries and not sent:
             sent, tries = await uplink.send(Hello(session="x", agreement=agreed, train=NOBODY, eval=NOBODY)), tries - 1
             await asyncio.sleep(0.05)
+        await asyncio.sleep(1.0)  # what was sent leaves before the socket is closed
         uplink.close()
         return sent
 

@@ -395,6 +395,7 @@ def test_an_array_of_samplers_and_a_time_limit(slurm, recipe, tmp_path):
     run.until(lambda: len(run.steps()) >= 2)
     assert slurm.state(f"{samplers}_2") == "PENDING"
     slurm.tell("scontrol", "update", f"JobId={samplers}_2", "TimeLimit=UNLIMITED")  # the run's end ends it
+    assert slurm.job(f"{samplers}_2")["TimeLimit"] == "UNLIMITED"
     slurm.tell("scancel", f"{samplers}_1")
     run.ends(trainer, f"{samplers}_2")
     run.nothing_lost()
