@@ -23,7 +23,9 @@ from launch.local import run_local
 from protocol.metrics import read_metrics
 from protocol.process import group_alive
 from protocol.snapshot import listed
+from tests import warm
 from tests.tiny import make_model
+from tests.warm import Warm
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +71,7 @@ cpu_kv_cache_gb = 0.1
 threads = 1
 [network]
 beat_s = 1.0
-dead_s = 10.0
+dead_s = 5.0
 """
 
 
@@ -82,15 +84,23 @@ def make_recipe(directory: Path, dtype: str = "float32", data: str = "word-probl
     return directory / "tiny.toml"
 
 
-def start(*command: str, log: Path) -> subprocess.Popen:
+Process = subprocess.Popen | Warm
+
+
+def start(*words: str, log: Path, cold: bool = False) -> Process:
+    """What stands after `python` on a command line. cold: by a new Python, which imports the engines' libraries."""
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "VESPER_TEST": str(log.parent)}
-    with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+    if cold:
+        command = [sys.executable, *words]
+        with log.open("ab") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+    else:
+        process = Warm(words, environment, log)
     STARTED.append(process)
     return process
 
 
-STARTED: list[subprocess.Popen] = []
+STARTED: list[Process] = []
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,26 +110,27 @@ def nothing_stays():
     for process in STARTED:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
-def sampler(run: Path, recipe: Path | None = None, *more: str) -> subprocess.Popen:
+def sampler(run: Path, recipe: Path | None = None, *more: str, cold: bool = False) -> Process:
     options = [*more, *(["--recipe", str(recipe)] if recipe else [])]
-    return start(sys.executable, "-m", "sampler", "--run", str(run), *options, log=run.with_suffix(".sampler.log"))
+    return start("-m", "sampler", "--run", str(run), *options, log=run.with_suffix(".sampler.log"), cold=cold)
 
 
-def deepspeed(run: Path, recipe: Path | None = None) -> subprocess.Popen:
+def deepspeed(run: Path, recipe: Path | None = None, cold: bool = False) -> Process:
     """Exactly the interface's command, `--local_rank` appended by the launcher itself."""
     program = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or "deepspeed"
     options = ["--recipe", str(recipe)] if recipe else []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, program, "--num_gpus=2", "--master_port", port, "--module", "trainer"]
-    return start(*command, "--run", str(run), *options, log=run.with_suffix(".trainer.log"))
+    words = [program, "--num_gpus=2", "--master_port", port, "--module", "trainer"]
+    return start(*words, "--run", str(run), *options, log=run.with_suffix(".trainer.log"), cold=cold)
 
 
-def finished(process: subprocess.Popen, run: Path, timeout_s: float = 240) -> int:
+def finished(process: Process, run: Path, timeout_s: float = 240) -> int:
     try:
         return process.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -136,7 +147,7 @@ def descendants_of(run: Path) -> list[str]:
     return alive
 
 
-def engines(sampler: subprocess.Popen) -> list[psutil.Process]:
+def engines(sampler: Process) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(sampler.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -177,9 +188,8 @@ def whole(tmp_path_factory):
     """One complete run of the two workers; the sampler comes first and has to wait."""
     directory = tmp_path_factory.mktemp("whole")
     recipe, run = make_recipe(directory), directory / "run"
-    samples = sampler(run, recipe)
-    time.sleep(3)
-    trains = deepspeed(run, recipe)
+    samples = sampler(run, recipe, cold=True)
+    trains = deepspeed(run, recipe, cold=True)
     assert finished(trains, run) == 0, run.with_suffix(".trainer.log").read_text()[-3000:]
     assert finished(samples, run, 60) == 0, run.with_suffix(".sampler.log").read_text()[-3000:]
     return run
@@ -238,12 +248,12 @@ def test_no_process_is_left(whole):
 
 
 def test_a_process_that_stays_would_be_seen(tmp_path):
-    process = start("sleep", "30", log=tmp_path / "log")
+    process = start("-c", "import time; time.sleep(30)", log=tmp_path / "log", cold=True)
     deadline = time.monotonic() + 10  # its environment can be read a moment after it has started
     while not (seen := descendants_of(tmp_path / "run")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.kill()
-    assert seen == ["sleep 30"]
+    assert seen == [f"{sys.executable} -c import time; time.sleep(30)"]
 
 
 def test_starting_a_complete_run_again_does_nothing_and_succeeds(whole):
@@ -311,8 +321,8 @@ def test_sigterm_saves_and_a_killed_sampler_is_replaced_without_loss(tmp_path):
 def test_a_stop_in_the_first_seconds_ends_the_trainer_and_all_that_it_started(tmp_path, number):
     """Before DeepSpeed's launcher has started a rank there is nobody to tell; the ranks that come later must know."""
     recipe, run = make_recipe(tmp_path), tmp_path / "run"
-    command = [sys.executable, "-m", "trainer", "--run", str(run), "--recipe", str(recipe)]
-    trainer = start(*command, log=run.with_suffix(".trainer.log"))
+    words = ["-m", "trainer", "--run", str(run), "--recipe", str(recipe)]
+    trainer = start(*words, log=run.with_suffix(".trainer.log"), cold=True)  # a warm one has no command line
     wait_for(lambda: any("deepspeed.launcher" in line for line in descendants_of(run)), trainer, run)
     trainer.send_signal(number)
     code = trainer.wait(90)
@@ -376,7 +386,7 @@ def test_the_launcher_runs_a_recipe_from_start_to_summary(tmp_path, capsys, monk
 
 def test_ctrl_c_once_saves_ends_everything_and_the_same_command_goes_on(tmp_path):
     recipe, run = make_recipe(tmp_path), tmp_path / "run"
-    command = [sys.executable, "-m", "launch", str(recipe), "--run", str(run)]
+    command = ["-m", "launch", str(recipe), "--run", str(run)]
     first = start(*command, log=tmp_path / "launch.log")
     wait_for(lambda: len(steps(run)) >= 1, first, run)
     first.send_signal(signal.SIGINT)  # the terminal's own; workers live in sessions of their own
@@ -400,9 +410,9 @@ def test_ctrl_c_once_saves_ends_everything_and_the_same_command_goes_on(tmp_path
 )
 def test_a_mistake_is_one_line_and_exit_code_2_before_any_engine_starts(tmp_path, override, says):
     recipe, run = make_recipe(tmp_path), tmp_path / "run"
-    command = [sys.executable, "-m", "sampler", "--run", str(run), "--recipe", str(recipe), "--set", override]
+    command = ["-m", "sampler", "--run", str(run), "--recipe", str(recipe), "--set", override]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    done = warm.run(command, environment)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and says in errors[0], done.stderr[-2000:]
     assert "Traceback" not in done.stderr and "EngineCore" not in done.stdout + done.stderr
@@ -418,7 +428,7 @@ def audit(run: Path) -> list[int]:
     return trained
 
 
-def wait_for(condition, process: subprocess.Popen, run: Path) -> None:
+def wait_for(condition, process: Process, run: Path) -> None:
     """Until the condition holds; fails with the logs when the process ends before."""
     deadline = time.monotonic() + 200
     while not condition():

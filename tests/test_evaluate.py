@@ -27,6 +27,7 @@ from protocol.snapshot import Canary, Corrupt, Manifest, hash_file, seal, snapsh
 from sampler.candidate import find
 from sampler.evaluate import run as evaluate
 from sampler.rewards.answers import extracted, gold
+from tests import warm
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.slow
@@ -36,13 +37,13 @@ SMOL = ["--recipe", "recipes/demo.toml"]
 
 
 def command(*options: str | Path) -> list[str]:
-    return [sys.executable, "-m", "sampler", "--eval", *map(str, options)]
+    return ["-m", "sampler", "--eval", *map(str, options)]
 
 
 def evaluated(*options: str | Path) -> str:
     """What the command prints; it must succeed."""
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command(*options), capture_output=True, text=True, timeout=300, check=False, env=environment)
+    done = warm.run(command(*options), environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -207,13 +208,9 @@ def test_a_stop_leaves_no_process_and_no_result(rundir, tmp_path, moment, number
     out, log = tmp_path / "never.json", tmp_path / "log"
     long = ["--set", "sampling.max_tokens=400", "--set", "eval.samples=64", "--set", "eval.temperature=1.0"]
     environment = os.environ | {"VESPER_TEST": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    words = [sys.executable, *command("best", "--run", rundir.path, "--out", out, "--limit", "200", *long)]
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command("best", "--run", rundir.path, "--out", out, "--limit", "200", *long),
-            stdout=file,
-            stderr=file,
-            env=environment,
-        )
+        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
     word = {"loading": "EngineCore", "sampling": "/200 prompts"}[moment]
     deadline = time.monotonic() + 240
     try:
@@ -297,6 +294,6 @@ def test_a_reward_that_always_fails_gives_no_accuracy(rundir, tmp_path):
     (tmp_path / "broken.py").write_text("def broken(completions, **columns):\n    raise ValueError('no grader')\n")
     override = f'reward=[{{function="{tmp_path}/broken.py:broken"}}]'
     options = command("best", "--run", rundir.path, "--limit", "2", "--set", override, "--out", tmp_path / "out.json")
-    done = subprocess.run(options, capture_output=True, text=True, timeout=300, check=False)
+    done = warm.run(options, os.environ)
     assert done.returncode == 2 and not (tmp_path / "out.json").exists()
     assert "error: no prompt has a result: reward broken: error: ValueError: no grader" in done.stderr

@@ -20,6 +20,7 @@ from protocol.rundir import RunDir
 from protocol.snapshot import listed, remove
 from tests.test_storage import save
 from tests.tiny import make_model
+from tests.warm import Warm
 from trainer.optimizer import learning_rate_factor
 
 pytestmark = pytest.mark.slow
@@ -57,24 +58,33 @@ def run(
     file = directory / "settings.json"
     recipe = [*COMMON, f"model.path={tiny}", *overrides]
     file.write_text(json.dumps({"overrides": recipe, "run": str(directory / "run"), "steps": steps, **settings}))
-    processes = []
+    ranks = []
+    outputs = [directory / f"rank{rank}.out" for rank in range(world)]
+    errors = [directory / f"rank{rank}.err" for rank in range(world)]
     for rank in range(world):
+        outputs[rank].unlink(missing_ok=True)
+        errors[rank].unlink(missing_ok=True)
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        device = {} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        environment = os.environ | {key: str(value) for key, value in place.items()} | device
-        command = [sys.executable, "-m", module, str(file)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        environment = os.environ | {key: str(value) for key, value in place.items()}
+        ranks.append(start_rank(module, file, environment, outputs[rank], errors[rank], gpu))
     try:
-        outputs = [process.communicate(timeout=240) for process in processes]
+        codes = [rank.wait(timeout=600) for rank in ranks]
     finally:
-        for process in processes:
-            process.kill()
-    for process in processes:
-        assert process.returncode == 0, "\n".join(error for _, error in outputs)
-    return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0] * world, "\n".join(error.read_text() for error in errors)
+    return [json.loads(line) for line in outputs[0].read_text().splitlines() if line.startswith("{")]
+
+
+def start_rank(
+    module: str, settings: Path, environment: dict[str, str], output: Path, errors: Path, gpu: bool
+) -> Warm | subprocess.Popen:
+    if not gpu:
+        return Warm(["-m", module, str(settings)], environment, output, errors)
+    command = [sys.executable, "-m", module, str(settings)]
+    with output.open("w") as stdout, errors.open("w") as stderr:
+        return subprocess.Popen(command, env=environment, stdout=stdout, stderr=stderr)
 
 
 @pytest.fixture(scope="module")

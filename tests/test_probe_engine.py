@@ -13,6 +13,7 @@ import pytest
 from launch.probe.command import completions
 from launch.probe.figures import figures, grouped
 from sampler.probe_feed import order
+from tests import warm
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.slow
@@ -21,14 +22,14 @@ ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
 
 
 def command(*options: object) -> list[str]:
-    return [sys.executable, "-m", "launch", "probe", "recipes/demo.toml", *map(str, options)]
+    return ["-m", "launch", "probe", "recipes/demo.toml", *map(str, options)]
 
 
 def test_the_demo_is_probed(tmp_path):
     """Every figure follows from the completions beside the result."""
     out = tmp_path / "demo.json"
     options = command("--seconds", 40, "--out", out)
-    done = subprocess.run(options, capture_output=True, text=True, timeout=400, check=False, env=ENVIRONMENT)
+    done = warm.run(options, ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found, groups = json.loads(out.read_text()), grouped(completions(out))
     probed = found["probed"]
@@ -56,7 +57,7 @@ def tiny(tmp_path_factory) -> list[str]:
 
 def test_a_recipe_that_cuts_every_answer_is_stopped(tiny, tmp_path):
     options = command("--seconds", 5, "--out", tmp_path / "cut.json", *tiny, "--set", "sampling.max_tokens=4")
-    done = subprocess.run(options, capture_output=True, text=True, timeout=400, check=False, env=ENVIRONMENT)
+    done = warm.run(options, ENVIRONMENT)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("stop: ") and "cut before they end" in last and "sampling.max_tokens = " in last
@@ -66,7 +67,7 @@ def test_a_stop_gives_what_is_known_and_leaves_no_process(tiny, tmp_path):
     out, log = tmp_path / "x.json", tmp_path / "log"
     with log.open("wb") as file:
         slow = ["--set", "sampling.max_tokens=40", "--set", "sampler.max_running=4"]
-        arguments = command("--seconds", 300, "--out", out, *tiny, *slow)
+        arguments = [sys.executable, *command("--seconds", 300, "--out", out, *tiny, *slow)]
         process = subprocess.Popen(arguments, stdout=file, stderr=file, env=ENVIRONMENT)
     lines, deadline = out.with_suffix(".jsonl"), time.monotonic() + 240
     try:

@@ -5,8 +5,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from sampler.session import Load, Session
 from tests.golden import tiny
 from tests.groups import make_group
 from tests.tiny import make_model
+from tests.warm import Warm
 from trainer.stream import StreamWriter, read_stream, resolve_replay
 
 
@@ -225,11 +224,9 @@ async def sample(rundir: RunDir, recipe, model: Path) -> None:
 
 def trainer(*words: str, log: Path, until: Callable[[], bool] = lambda: False) -> int:
     """Two ranks, started as a user does; killed with all their processes when `until` holds."""
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    with log.open("w") as file:
-        command = [sys.executable, "-m", "trainer", "--gpus", "2", *words]
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-    deadline = time.monotonic() + 240
+    log.write_text("")
+    process = Warm(["-m", "trainer", "--gpus", "2", *words], os.environ, log)
+    deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline and not until():
         time.sleep(0.05)
     if process.poll() is None:

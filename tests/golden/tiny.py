@@ -7,8 +7,6 @@ of weights are kept: two machines with the same torch and the same model of CPU 
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
@@ -20,6 +18,7 @@ from protocol.codec import pack, unpack
 from protocol.messages import Group
 from protocol.metrics import read_metrics
 from protocol.rundir import resolve_recipe
+from tests import warm
 from tests.groups import make_group
 from tests.tiny import make_model
 from trainer.stream import StreamWriter
@@ -64,10 +63,8 @@ def replayed(run: Path, *words: str) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment = os.environ | {name: str(value) for name, value in place.items()} | cpu
-    command = [sys.executable, "-m", "trainer", "--run", str(run), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    environment = os.environ | {name: str(value) for name, value in place.items()}
+    done = warm.run(["-m", "trainer", "--run", str(run), *words], environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
