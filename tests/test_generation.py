@@ -22,7 +22,7 @@ from sampler.prompts import load_prompts
 from sampler.reference import Reference
 from sampler.rewards.pool import RewardPool
 from sampler.sampling import closing_token, end_tokens, settings, show
-from tests.test_engine import Running, logprobs, publish, trainers_model
+from tests.running_engine import Running, logprobs, publish, trainers_model
 from tests.tiny import make_model, make_tokenizer
 
 RECIPE = Path("recipes/demo.toml")

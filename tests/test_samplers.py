@@ -285,7 +285,7 @@ def test_what_else_stops_vllm_stays_what_it_is():
 @pytest.mark.slow
 @pytest.mark.fault("L2")
 def test_vllm_with_too_little_memory_says_which_setting(tmp_path, monkeypatch):
-    from tests.test_engine import Running
+    from tests.running_engine import Running
 
     for name, value in cpu_environment(load(None, ["sampler.threads=2"]), 1).items():
         monkeypatch.setenv(name, value)
@@ -300,7 +300,8 @@ def test_vllm_with_too_little_memory_says_which_setting(tmp_path, monkeypatch):
 @pytest.mark.fault("B4")
 def test_one_engine_over_two_workers_has_the_trainers_weights_in_both_and_dies_whole(tmp_path, monkeypatch):
     """Tensor parallel: each worker reads and verifies the snapshot and keeps its slice; weights change in flight."""
-    from tests.test_engine import PROMPT, Running, differently_trained, logprobs, publish
+    from tests.running_engine import PROMPT, Running, logprobs, publish
+    from tests.test_engine import differently_trained
 
     for name, value in cpu_environment(load(None, ["sampler.threads=2", "sampler.gpus=2"]), 1).items():
         monkeypatch.setenv(name, value)
