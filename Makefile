@@ -8,21 +8,23 @@ READY := .venv/ready
 FAULTS ?= 200
 SEEDS ?= 2000
 INSTALL ?=
+JOBS ?= 2
+PYTEST := -m pytest -ra -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25
 TRAINER := .venv-trainer
 
-.PHONY: demo test test-all test-fast chaos check clean trainer-venv constraints constraints-cpu constraints-gpu constraints-trainer
+.PHONY: demo test test-long test-all chaos check clean trainer-venv constraints constraints-cpu constraints-gpu constraints-trainer
 
 demo: $(READY)
 	@$(RUN) -m launch recipes/demo.toml --fresh
 
 test: $(READY)
-	@$(RUN) -m pytest -ra -m "not long"
+	@$(RUN) $(PYTEST) -m "not long"
 
-test-all: $(READY)
-	@$(RUN) -m pytest -ra
+# What `make test` leaves out.
+test-long: $(READY)
+	@$(RUN) $(PYTEST) -m long
 
-test-fast: $(READY)
-	@$(RUN) -m pytest -ra -m "not slow"
+test-all: test test-long
 
 # Real processes under random faults, and simulated histories: as long as you like.
 chaos: $(READY)

@@ -1,4 +1,4 @@
-"""For every test file: a clean environment, a Ctrl-C that is heard, new seeds for what is random, and a table of times."""
+"""For every test file: a clean environment, a Ctrl-C that is heard, new seeds for what is random, a table of seconds."""
 
 import os
 import signal
