@@ -1,4 +1,4 @@
-"""For every test file: a clean environment, a Ctrl-C that is heard, new seeds for what is random, a table of seconds."""
+"""For every test file: a clean environment, a Ctrl-C that is heard, new seeds, and a table of seconds."""
 
 import os
 import signal

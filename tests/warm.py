@@ -74,9 +74,10 @@ class Warm:
         self.send_signal(signal.SIGKILL)
 
 
-def run(
-    words: Sequence[str], environment: Mapping[str, str], timeout: float = 600.0
-) -> subprocess.CompletedProcess[str]:
+Done = subprocess.CompletedProcess[str]
+
+
+def run(words: Sequence[str], environment: Mapping[str, str], timeout: float = 600.0) -> Done:
     """Runs a program to its end. Raises subprocess.TimeoutExpired after it has killed it."""
     with tempfile.TemporaryDirectory() as place:
         output, errors = Path(place, "output"), Path(place, "errors")
