@@ -4,8 +4,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ import torch.distributed as dist
 
 from launch.plan.shape import shape_of
 from protocol.resolve import load
+from tests import warm
 from tests.test_policy import run
 from tests.tiny import make_model
 from trainer.backend import Card, choose_backend, is_virtual, obstacle
@@ -176,9 +175,9 @@ def test_a_virtual_gpu_is_known_by_its_name_or_by_the_driver(name, mode, virtual
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs NCCL may work")
 def test_nccl_that_cannot_work_is_one_line_before_any_model_loads(tiny, tmp_path):
-    command = [sys.executable, "-m", "trainer", "--gpus", "2", "--backend", "nccl", "--run", str(tmp_path / "run")]
-    command += ["--set", f"model.path={tiny}", "--set", "model.dtype=float32"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    words = ["-m", "trainer", "--gpus", "2", "--backend", "nccl", "--run", str(tmp_path / "run")]
+    words += ["--set", f"model.path={tiny}", "--set", "model.dtype=float32"]
+    done = warm.run(words, os.environ)
     assert done.returncode == 2
     said = "error: trainer.backend = 'nccl', but torch finds no NVIDIA GPU; set it to 'gloo' or 'auto'"
     assert said in done.stderr.splitlines()

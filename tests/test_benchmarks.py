@@ -271,6 +271,7 @@ def test_a_part_of_a_benchmark_says_of_which():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_simulated_samplers_feed_a_whole_run():
     command = [sys.executable, "-m", "benchmarks.samplers", "--counts", "4", "--steps", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -280,6 +281,7 @@ def test_simulated_samplers_feed_a_whole_run():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_both_ways_of_publishing_are_measured_on_each_rank(tmp_path):
     command = [sys.executable, "-m", "benchmarks.publish", "--hidden", "64", "--layers", "2", "--rounds", "1"]
     command += ["--vocabulary", "256", "--limit-mb", "0.2", "--stages", "1"]

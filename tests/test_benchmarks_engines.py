@@ -19,6 +19,7 @@ from benchmarks.sampler_turns import Measured, environment_of, kind_of, paramete
 from benchmarks.weights_notes import COLUMNS, parts, percentile, stall, summary
 from protocol.resolve import load
 from protocol.rundir import RunDir
+from tests import warm
 from tests.tiny import make_model
 from trainer.shards import finite
 
@@ -188,16 +189,12 @@ def test_help_loads_no_engine(name):
     assert done.returncode == 0 and "--recipe" in done.stdout, done.stderr
 
 
-LIGHT, HEAVY = (
-    ("sampler_turns", "weight_switches", "weights_notes", "rank_zero", "child"),
-    ("engine_run", "weights_sampler"),
-)
+PARTS = ("sampler_turns", "weight_switches", "weights_notes", "rank_zero", "child", "engine_run", "weights_sampler")
 
 
-@pytest.mark.parametrize("name", [*LIGHT, *(pytest.param(name, marks=pytest.mark.slow) for name in HEAVY)])
+@pytest.mark.parametrize("name", PARTS)
 def test_a_part_that_is_started_alone_names_its_benchmark(name):
-    command = [sys.executable, "-m", f"benchmarks.{name}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = warm.run(["-m", f"benchmarks.{name}"], os.environ)
     *_, said = done.stderr.splitlines()
     named = re.findall(r"python -m (benchmarks\.\w+)", said)
     assert done.returncode == 1 and "part of" in said and named, done.stderr

@@ -31,6 +31,7 @@ from policy.logprobs import pack
 from protocol.codec import unpack
 from protocol.errors import UserError
 from protocol.process import members
+from tests import warm
 from tests.groups import make_group
 from tests.tiny import make_model
 from trainer.engine import Policy
@@ -220,8 +221,7 @@ def test_what_has_no_gradient_is_refused(tmp_path):
 
 
 def test_a_refusal_is_one_line_and_exit_code_2():
-    command = [sys.executable, "-m", "benchmarks.trainer", "--memory", "--group", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = warm.run(["-m", "benchmarks.trainer", "--memory", "--group", "1"], os.environ)
     *_, said = done.stderr.splitlines()  # engines say something when they are imported
     assert done.returncode == 2 and said.startswith("error: --group 1: ") and "Traceback" not in done.stderr
 
