@@ -5,6 +5,7 @@ The boundary of gradient accumulation is set by hand, because the number of micr
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,8 +106,8 @@ class Policy:
             self._engine.step()
             done, norm = self._engine.was_step_applied(), self._engine.get_global_grad_norm()
         else:
-            norm = self._plain_grad_norm()
-            done = bool(torch.isfinite(norm))
+            norm = float(self._plain_grad_norm())
+            done = math.isfinite(norm)
             self._engine.step() if done else self._engine.zero_grad()
         self.grad_norm = float(norm)
         self.steps_done += done

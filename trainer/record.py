@@ -6,7 +6,7 @@ Names are TRL's where they mean the same.
 import logging
 import time
 
-import numpy as np
+import torch
 
 from protocol.evaluation import Evaluation
 from protocol.memory import GIB, peak_gb
@@ -30,7 +30,7 @@ class Record:
     def __init__(self, writer: MetricsWriter, ranks: Ranks, store: Store, checkup: Checkup | None = None) -> None:
         """checkup: on the first rank of a run with samplers."""
         self._writer, self._ranks, self._store, self._checkup = writer, ranks, store, checkup
-        self._seen: list[dict[str, np.ndarray]] = []
+        self._seen: list[Figures] = []
         self._since = time.monotonic()
         self._before = {"waited": 0.0, "stored": store.spent_s, "sampled": 0.0}
 
@@ -40,15 +40,15 @@ class Record:
             self._writer.write({"kind": "start", "step": steps_done, "versions": versions()})
 
     def add(self, tokens: Figures) -> None:
-        """What one forward pass showed of its tokens."""
-        self._seen.append({name: values.cpu().numpy() for name, values in tokens.items()})
+        """What one forward pass showed of its tokens. It stays on the GPU until the step ends: nobody waits for it."""
+        self._seen.append(tokens)
 
     def measured(self) -> dict[str, float]:
         """Of all tokens of all ranks since the last time, on the first rank."""
         names = sorted(self._seen[0])
-        table = np.concatenate([np.stack([seen[name] for name in names]) for seen in self._seen], axis=1)
+        table = torch.cat([torch.stack([seen[name] for name in names]) for seen in self._seen], dim=1)
         self._seen = []
-        return figures.of_tokens(dict(zip(names, self._ranks.gather(table), strict=True)))
+        return figures.of_tokens(dict(zip(names, self._ranks.gather(table.cpu().numpy()), strict=True)))
 
     def step(self, policy: Policy, batch: Batch, inbox: Inbox) -> None:
         """Ends a step: gathers what the ranks have seen and writes the record."""
