@@ -34,6 +34,7 @@ chaos: $(READY)
 check: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) -m pyright  # without a look at PyPI for a newer one
 
 # The trainer's environment of README's "Two environments"; tests/test_two_environments.py makes it, too.
 trainer-venv:

@@ -34,7 +34,10 @@ def extraction(window: Window) -> Finding | None:
 def marked(seen: Seen, reward: Reward) -> bool:
     """A mark that the reward looks for holds the right number: of `gsm8k` its option `extractor`, of other functions
     any. One that pays for others looks at something else than marks."""
-    own = (reward.options.get("extractor", "marks"),) if reward.function == "gsm8k" else set(seen.answers) - {"last"}
+    if reward.function == "gsm8k":
+        own = {str(reward.options.get("extractor", "marks"))}
+    else:
+        own = set(seen.answers) - {"last"}
     return any(seen.answers.get(how) == seen.gold for how in own)
 
 

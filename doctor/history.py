@@ -21,7 +21,7 @@ from protocol.snapshot import step_of
 
 DAMAGED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What a line that is no record of ours raises."""
-NEEDED = {
+NEEDED: dict[str, tuple[str, ...]] = {
     "step": (
         "reward",
         "accuracy",
@@ -144,7 +144,7 @@ class History:
 
     def _trainer(self, record: dict) -> None:
         kind, step = record.get("kind"), record.get("step")
-        if not isinstance(step, int) or not all(is_number(record.get(name)) for name in NEEDED.get(kind, ())):
+        if not isinstance(step, int) or not all(is_number(record.get(name)) for name in NEEDED.get(str(kind), ())):
             self.unreadable += 1
         elif kind == "step":
             for records in (self.steps, self.exams, self.skipped):  # done again after a restart

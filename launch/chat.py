@@ -3,12 +3,20 @@
 import argparse
 import re
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from protocol.errors import UserError
 from protocol.recipe import Recipe
 from protocol.resolve import load
 from protocol.rundir import RunDir
 from protocol.snapshot import listed
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A model of transformers that can go on with a text."""
+
+    def generate(self, **settings: Any) -> Any: ...
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +31,7 @@ def talk(path: Path, question: str | None) -> int:
     """Answers one question, or each line from the terminal until an empty one."""
     model_directory, recipe = find(path)
     import torch
-    from transformers import TextStreamer
+    from transformers import BatchEncoding, TextStreamer
 
     from policy.model import load_model, load_tokenizer, locate
 
@@ -35,6 +43,7 @@ def talk(path: Path, question: str | None) -> int:
         model.load_adapter(str(model_directory))
     else:
         model = load_model(model_directory, recipe.model.dtype if recipe else "bfloat16")
+    assert isinstance(model, Generates), "every causal language model of transformers does"
     model.eval()
     limit = recipe.sampling.max_tokens if recipe else 512
 
@@ -43,6 +52,7 @@ def talk(path: Path, question: str | None) -> int:
         ids = tokenizer.apply_chat_template(
             rendering, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
+        assert isinstance(ids, BatchEncoding), "return_dict asks for one"
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
             model.generate(**ids, max_new_tokens=limit, do_sample=False, use_cache=True, streamer=streamer)

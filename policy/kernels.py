@@ -87,6 +87,14 @@ def _no_varlen(problem: str) -> UserError:
     return UserError(f"trainer.attention = 'varlen' does not work here: {problem}; use 'auto' or 'sdpa'")
 
 
+class _Layer(nn.Module):
+    """What an attention function asks of the layer that calls it."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = groups
+
+
 def kernel_gap(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> float:
     """The largest relative difference of `varlen` and `sdpa` in one layer's output and gradients."""
     heads = config.num_attention_heads
@@ -99,12 +107,12 @@ def kernel_gap(config: PretrainedConfig, device: torch.device, dtype: torch.dtyp
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(device, dtype)
 
-    layer = nn.Module()
-    layer.num_key_value_groups = heads // groups  # pyright: ignore[reportAttributeAccessIssue]
+    layer = _Layer(heads // groups)
     inputs = [numbers(1, count, tokens, width).requires_grad_() for count in (heads, groups, groups)]
     outer = numbers(1, tokens, heads, width)
-    masked, _ = sdpa_attention_forward(layer, *inputs, segments.mask(tokens, dtype))
-    short, _ = varlen(layer, *inputs, None, segments)
+    queries, keys, values = inputs
+    masked, _ = sdpa_attention_forward(layer, queries, keys, values, segments.mask(tokens, dtype))
+    short, _ = varlen(layer, queries, keys, values, None, segments)
     expected = [masked, *torch.autograd.grad(masked, inputs, outer)]
     found = [short, *torch.autograd.grad(short, inputs, outer)]
     return max(_relative(one, other) for one, other in zip(found, expected, strict=True))

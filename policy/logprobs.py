@@ -106,8 +106,9 @@ class TokenLogprobs(nn.Module):
             input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **seen
         )
         hidden = output.last_hidden_state[0, packed.predictors]
-        weight = self.model.get_output_embeddings().weight
-        return SelectedLogprobs.apply(hidden, weight, packed.targets, self.temperature, self.chunk)
+        head = self.model.get_output_embeddings()
+        assert head is not None, "a causal language model has an output layer"
+        return SelectedLogprobs.apply(hidden, head.weight, packed.targets, self.temperature, self.chunk)
 
 
 class SelectedLogprobs(torch.autograd.Function):

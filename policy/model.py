@@ -98,6 +98,7 @@ def load_model(directory: Path, dtype: str, exact: bool = False, quantize: str =
     if strange:
         raise UserError(f"{directory}: models with {', '.join(strange)} are not supported")
     try:
+        # transformers' annotation does not know that output_loading_info makes it a pair.
         model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             directory,
             dtype=DTYPES[dtype],

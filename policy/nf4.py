@@ -5,6 +5,8 @@ rounded to what NF4 can hold, in the usual dtype. The sampler, a chat and an exp
 packs it into four bits, which rounds nothing a second time. All of them compute the same policy, to the last bit.
 """
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -43,9 +45,16 @@ def packing(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+@runtime_checkable
+class Repacks(Protocol):
+    """A linear layer of bitsandbytes."""
+
+    support_avx512bf16_for_cpu: bool
+
+
 def keep_differentiable(model: PreTrainedModel) -> None:
     """On CPUs with AVX512-BF16 bitsandbytes repacks a layer at its first use without a gradient, for good; the
     gradients that pass it later are wrong without a word (measured: by 100 %)."""
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if isinstance(module, Repacks):
             module.support_avx512bf16_for_cpu = False

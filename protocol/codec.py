@@ -52,14 +52,17 @@ def decode_up(frame: bytes) -> Up:
         greeting = _decode(_greeting, frame) if b"hello" in frame else None
         if greeting is None or greeting.agreement.protocol == PROTOCOL:
             raise
-    agreement = dict.fromkeys(("run_id", "model", "tokenizer", "recipe"), "") | {"vocabulary": 0, "group_size": 0}
-    unknown = DataSet(rows=0, fingerprint="")
-    return Hello(
-        session=greeting.session,
-        agreement=Agreement(protocol=greeting.agreement.protocol, **agreement),
-        train=unknown,
-        eval=unknown,
+    agreement = Agreement(
+        protocol=greeting.agreement.protocol,
+        run_id="",
+        model="",
+        tokenizer="",
+        vocabulary=0,
+        group_size=0,
+        recipe="",
     )
+    unknown = DataSet(rows=0, fingerprint="")
+    return Hello(session=greeting.session, agreement=agreement, train=unknown, eval=unknown)
 
 
 def decode_down(frame: bytes) -> Down:

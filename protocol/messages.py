@@ -39,6 +39,10 @@ MAX_LEASES = 10_000
 """In one message."""
 Split = Literal["train", "eval"]
 """Two lists of groups with their own ids; `eval` groups are scored and never trained."""
+Finish = Literal["stop", "length"]
+"""How a completion ended: by itself, or at `sampling.max_tokens`."""
+Status = Literal["accepted", "duplicate", "stale", "invalid", "unknown", "full", "failed", "no_signal"]
+"""What became of a group that a sampler sent."""
 
 
 class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=str.lower):
@@ -106,7 +110,7 @@ class Completion(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[n] float32: of the sampled tokens, under the weights and at the temperature that sampled them."""
     ref_logprobs: Array | None
     """[n] float32 under the reference at the same temperature; None where no reference is used."""
-    finish: Literal["stop", "length"]
+    finish: Finish
     spans: Annotated[list[Span], Meta(min_length=1, max_length=4096)]
     reward: float
     rewards: dict[Text, float | None]
@@ -178,7 +182,7 @@ class Lease(Message, frozen=True):
 class Ack(Message, frozen=True):
     split: Split
     group_id: Count
-    status: Literal["accepted", "duplicate", "stale", "invalid", "unknown", "full", "failed", "no_signal"]
+    status: Status
     why: Why = ""
 
 

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -30,7 +30,7 @@ class MetricsWriter:
             raise StorageError(f"cannot write {path}: {error.strerror}; free space or mend permissions") from error
         self.lost = 0
 
-    def write(self, record: dict[str, object]) -> None:
+    def write(self, record: Mapping[str, object]) -> None:
         finite = {key: _finite(value) for key, value in {"time_s": round(time.time(), 3), **record}.items()}
         line = b"\n" * self._torn + json.dumps(finite, ensure_ascii=False).encode(errors="replace") + b"\n"
         try:

@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import tomli_w
@@ -81,7 +82,8 @@ def _explain(message: str) -> str:
     return f"{message}; {hint}"
 
 
-def _without_none(value: object) -> object:
+def _without_none(value: Any) -> Any:
+    """value: of what TOML can hold, and None."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):

@@ -96,8 +96,8 @@ class WandB:
     """One W&B run of the record and the recipe, nothing else; offline without a key."""
 
     def __init__(self, directory: Path, recipe: Recipe, tracked_as: str) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]
-        from wandb.errors import UsageError  # pyright: ignore[reportMissingImports]
+        import wandb  # pyright: ignore[reportMissingImports]  # only who uses it installs it
+        from wandb.errors import UsageError  # pyright: ignore[reportMissingImports]  # the same
 
         quiet = wandb.Settings(
             console="off",
@@ -140,7 +140,7 @@ class Trackio:
 
     def __init__(self, directory: Path, recipe: Recipe, tracked_as: str) -> None:
         os.environ["TRACKIO_DIR"] = str(directory)  # read at import
-        import trackio  # pyright: ignore[reportMissingImports]
+        import trackio  # pyright: ignore[reportMissingImports]  # only who uses it installs it
 
         self._run = trackio.init(
             project=recipe.tracking.project,

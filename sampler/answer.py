@@ -59,7 +59,7 @@ class Answerer:
             finish_reasons=[one.finish for one in sampled],
             max_tokens=self._recipe.sampling.max_tokens,
         )
-        references: list[np.ndarray | None] = [None] * len(sampled)
+        references: Sequence[np.ndarray | None] = [None] * len(sampled)
         silent = len(sampled) > 1 and without_signal(score.rewards)
         if training:
             self.counts["groups"] += 1
@@ -87,13 +87,16 @@ class Answerer:
         reads its log-probs."""
         if split == "eval" or self._recipe.objective.name != "sft":
             return await self._engine.generate(prompt.ids, split)
+        snapshot = self._engine.weights.snapshot
+        assert prompt.demonstration is not None, "`demonstrated` gives every training prompt one"
+        assert snapshot is not None, "a sampler without weights asks for no leases"
         length = len(prompt.demonstration)
         demonstration = Sampled(
             tokens=prompt.demonstration,
             logprobs=np.zeros(length, np.float32),
             text=prompt.demonstration_text,
             finish="stop",
-            spans=[Span(self._engine.weights.snapshot, 0, length)],
+            spans=[Span(snapshot, 0, length)],
         )
         return [demonstration]
 

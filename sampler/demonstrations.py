@@ -38,13 +38,13 @@ def demonstrated(
         filled(data.demonstration, prompt.columns, _where(data, index), "data.demonstration")
         for index, prompt in enumerate(prompts)
     ]
-    found = [
+    behind = [
         _behind(prompt.ids.tolist(), ids, set(ends), tokenizer)
         for prompt, ids in zip(prompts, _conversations(prompts, texts, tokenizer, data.train), strict=True)
     ]
-    _refuse(found, data)
+    found = _sound(behind, data)
     _refuse_long(found, max_tokens, data)
-    said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+    said = [_text(ids, tokenizer) for ids in found]
     _warn_of_changes(texts, said)
     return [
         dataclasses.replace(prompt, demonstration=np.array(ids, np.int32), demonstration_text=text)
@@ -52,18 +52,24 @@ def demonstrated(
     ]
 
 
-def _conversations(prompts: Sequence[Prompt], texts: list[str], tokenizer, source: str) -> list[list[int]]:
+def _conversations(
+    prompts: Sequence[Prompt], texts: list[str], tokenizer: "PreTrainedTokenizerBase", source: str
+) -> list[list[int]]:
     """Token ids of prompt and demonstration together."""
     if tokenizer.chat_template is None:
-        whole = [prompt.messages + text for prompt, text in zip(prompts, texts, strict=True)]
-        return [[*ids, tokenizer.eos_token_id] for ids in tokenize(whole, tokenizer, source)]
+        whole = [f"{prompt.messages}{text}" for prompt, text in zip(prompts, texts, strict=True)]
+        end = tokenizer.eos_token_id
+        ends = [end] if isinstance(end, int) else []
+        return [ids + ends for ids in tokenize(whole, tokenizer, source)]
     whole = [
         [*prompt.messages, {"role": "assistant", "content": text}] for prompt, text in zip(prompts, texts, strict=True)
     ]
     return tokenize(whole, tokenizer, source, open_turn=False)
 
 
-def _behind(prompt: list[int], whole: list[int], ends: set[int], tokenizer) -> list[int] | str:
+def _behind(
+    prompt: list[int], whole: list[int], ends: set[int], tokenizer: "PreTrainedTokenizerBase"
+) -> list[int] | str:
     """What follows the prompt, up to and with the token that ends the turn; else what is wrong with it."""
     if whole[: len(prompt)] != prompt:
         return "does not begin with the prompt's tokens when it is rendered together with it"
@@ -71,18 +77,27 @@ def _behind(prompt: list[int], whole: list[int], ends: set[int], tokenizer) -> l
     length = next((place for place, token in enumerate(rest, start=1) if token in ends), None)
     if length is None:
         return "is closed by no end-of-sequence token of the chat template"
-    if tokenizer.decode(rest[length:], skip_special_tokens=True).strip():
+    if _text(rest[length:], tokenizer).strip():
         return "holds an end-of-sequence token in the middle"
     return rest[:length]
 
 
-def _refuse(found: list[list[int] | str], data: Data) -> None:
+def _text(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Without special tokens."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str), "the ids of one text make one text"
+    return text
+
+
+def _sound(found: list[list[int] | str], data: Data) -> list[list[int]]:
+    """All of them. Raises UserError where one is said to be wrong."""
     wrong = [index for index, ids in enumerate(found) if isinstance(ids, str)]
     if wrong:
         raise UserError(
             f"{_where(data, wrong[0])}: the demonstration {found[wrong[0]]} ({len(wrong)} of {len(found)} rows); "
             "change data.demonstration, or the chat template of the model"
         )
+    return [ids for ids in found if not isinstance(ids, str)]
 
 
 def _refuse_long(found: list[list[int]], max_tokens: int, data: Data) -> None:

@@ -20,9 +20,11 @@ import numpy as np
 from vllm import SamplingParams
 from vllm.config.logging import LoggingConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import TokensPrompt
 from vllm.logger import DEFAULT_LOGGING_CONFIG
+from vllm.logprobs import FlatLogprobs
 from vllm.lora.request import LoRARequest
-from vllm.outputs import CompletionOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -30,7 +32,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from policy.model import load_tokenizer
 from protocol.errors import EngineDead, UserError
-from protocol.messages import Span, Split
+from protocol.messages import Finish, Span, Split
 from protocol.recipe import Recipe
 from protocol.snapshot import Corrupt, Sealed
 from sampler.arguments import engine_arguments
@@ -52,7 +54,7 @@ class Sampled:
     tokens: np.ndarray  # [n] int64
     logprobs: np.ndarray  # [n] float32, at the sampling temperature
     text: str  # without special tokens and `sampling.stop`
-    finish: str  # stop | length
+    finish: Finish
     spans: list[Span]
     specials: int = 0  # special tokens before the last token
 
@@ -146,17 +148,21 @@ class Engine:
             max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
         output = await self._request(list(tokens), parameters, priority=FIRST)
-        return [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+        entries = [entry for entry in output.prompt_logprobs or () if entry]  # the first token has none
+        return [entry[token].logprob for token, entry in zip(tokens[1:], entries, strict=True)]
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    async def _request(self, tokens: list[int], parameters: SamplingParams, priority: int = 0):
+    async def _request(self, tokens: list[int], parameters: SamplingParams, priority: int = 0) -> RequestOutput:
+        prompt = TokensPrompt(prompt_token_ids=tokens)
+        if self._applied is not None:
+            prompt["cache_salt"] = self._applied
         self._busy_since = self._busy_since if self.running else time.monotonic()
         self.running += 1
         try:
-            last = None
+            last: RequestOutput | None = None
             async for output in self._llm.generate(
-                {"prompt_token_ids": tokens, "cache_salt": self._applied},
+                prompt,
                 parameters,
                 request_id=uuid.uuid4().hex,
                 lora_request=self._adapter,
@@ -168,6 +174,7 @@ class Engine:
         finally:
             self.running -= 1
             self._busy_s += 0.0 if self.running else time.monotonic() - self._busy_since
+        assert last is not None, "vLLM ends no request without an output"
         return last
 
     async def _call(self, method: str, arguments: tuple[str | float, ...] = ()) -> list:
@@ -228,15 +235,20 @@ def sampling_parameters(settings: dict, ends: list[int]) -> SamplingParams:
 
 def _sampled(output: CompletionOutput, stop_after: Sequence[str], specials: Sequence[int]) -> Sampled:
     """vLLM's text ends before the text that ended it, which may begin in the middle of a token."""
+    assert isinstance(output.logprobs, FlatLogprobs), "`sampling_parameters` asks for them"
+    assert output.weight_versions is not None, "every final output has them"
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a completion by {output.finish_reason!r}, expected 'stop' or 'length'")
     tokens = np.asarray(output.token_ids, np.int64)
     logprobs = np.asarray(output.logprobs.logprobs, np.float32)  # flat: one for each token, no others were asked for
     if output.logprobs.token_ids != list(output.token_ids):
         raise RuntimeError("vLLM's log-probs are those of other tokens than it sampled")
     spans = [Span(span.version, span.start, span.end) for span in output.weight_versions]
+    reason = output.stop_reason
     return Sampled(
         tokens=tokens,
         logprobs=logprobs,
-        text=output.text + (output.stop_reason if output.stop_reason in stop_after else ""),
+        text=output.text + (reason if isinstance(reason, str) and reason in stop_after else ""),
         finish=output.finish_reason,
         spans=spans,
         specials=int(np.isin(tokens[:-1], specials).sum()),

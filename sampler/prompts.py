@@ -12,7 +12,8 @@ import decimal
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # seconds of import, and `--help` must answer in one
 Messages = list[dict[str, str]]
 
 PLAIN = Data()
+NO_IDS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,23 +45,30 @@ class Prompt:
 def load_prompts(source: str, limit: int, data: Data, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
     """The first `limit` rows of `source` (0: all), rendered and tokenized.
 
-    Raises UserError, one line: nothing there, no rows, a row that cannot be rendered, a row without
-    an answer among rows with one, a prompt above `data.max_prompt_tokens`.
+    Raises UserError, one line: what `read_prompts` raises, a row that cannot be rendered, a prompt above
+    `data.max_prompt_tokens`.
+    """
+    prompts = read_prompts(source, limit, data, chat=tokenizer.chat_template is not None)
+    ids = tokenize([prompt.messages for prompt in prompts], tokenizer, source)
+    _refuse_long(ids, data.max_prompt_tokens, source)
+    return [replace(prompt, ids=np.array(i, np.int32)) for prompt, i in zip(prompts, ids, strict=True)]
+
+
+def read_prompts(source: str, limit: int, data: Data, *, chat: bool = True) -> list[Prompt]:
+    """The first `limit` rows of `source` (0: all) as what they ask, without token ids.
+
+    chat: whether there is a chat template; else each prompt is a text. Raises UserError, one line: nothing there, no
+    rows, a row that asks nothing, a row without an answer among rows with one.
     """
     rows = load_rows(source, limit)
     if not rows:
         raise UserError(f"{source}: the data set is empty")
     named = [(f"{source}: row {index} (from 0)", row) for index, row in enumerate(rows)]
     columns = [_columns(row, data, where) for where, row in named]
-    messages = [_messages(row, data, where) for where, row in named]
-    if tokenizer.chat_template is None:
-        messages = [_text_alone(conversation, source) for conversation in messages]
+    conversations = [_messages(row, data, where) for where, row in named]
+    asked = conversations if chat else [_text_alone(conversation, source) for conversation in conversations]
     _refuse_missing_gold(columns, data.answer, source)
-    ids = tokenize(messages, tokenizer, source)
-    _refuse_long(ids, data.max_prompt_tokens, source)
-    return [
-        Prompt(ids=np.array(i, np.int32), messages=m, columns=c) for i, m, c in zip(ids, messages, columns, strict=True)
-    ]
+    return [Prompt(ids=NO_IDS, messages=m, columns=c) for m, c in zip(asked, columns, strict=True)]
 
 
 def fingerprint(prompts: list[Prompt]) -> str:
@@ -157,16 +166,21 @@ def _text_alone(conversation: Messages, source: str) -> str:
 
 
 def tokenize(
-    messages: list[Messages | str], tokenizer: "PreTrainedTokenizerBase", source: str, open_turn: bool = True
+    messages: Sequence[Messages | str], tokenizer: "PreTrainedTokenizerBase", source: str, open_turn: bool = True
 ) -> list[list[int]]:
-    """Token ids; `open_turn` ends them with the header of the assistant's turn, which is not its own task."""
+    """Token ids of texts where there is no chat template, else of conversations.
+
+    `open_turn` ends them with the header of the assistant's turn, which is not its own task.
+    """
     if tokenizer.chat_template is None:
-        return tokenizer(messages)["input_ids"]
+        return tokenizer([text for text in messages if isinstance(text, str)])["input_ids"]
+    conversations = [conversation for conversation in messages if not isinstance(conversation, str)]
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=open_turn, tokenize=True, return_dict=False
+        # transformers' annotation names all that may come back; of several conversations it is one list of ids each.
+        return tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
+            conversations, add_generation_prompt=open_turn, tokenize=True, return_dict=False
         )
     except TemplateError as error:
         raise UserError(f"{source}: the chat template refuses the messages: {error}") from None

@@ -24,7 +24,9 @@ class Reference:
     """Scores one group after the other in a thread, so that the event loop goes on."""
 
     def __init__(self, recipe: Recipe, directory: Path, device: str) -> None:
-        model = load_model(directory, recipe.model.dtype).to(device).eval()
+        model = load_model(directory, recipe.model.dtype)
+        model.to(device)  # pyright: ignore[reportArgumentType]  # transformers' decorator hides that it is a method
+        model.eval()
         attention, kernels = equip(model, recipe.trainer, device)
         log.info("reference: %s", kernels)
         self._scorer = TokenLogprobs(model, recipe.sampling.temperature, recipe.trainer.logits_chunk, attention)

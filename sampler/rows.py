@@ -73,6 +73,7 @@ def _parquet(path: Path, stop: int | None) -> list[dict]:
 
 def _dataset(source: str, name: str, parts: list[str], stop: int | None) -> list[dict]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     config = parts.pop(0) if parts and (len(parts) > 1 or parts[0].partition("[")[0] not in SPLITS) else None
     split = parts[0] if parts else "train"
@@ -86,7 +87,8 @@ def _dataset(source: str, name: str, parts: list[str], stop: int | None) -> list
             table = datasets.load_from_disk(directory / split)
         else:
             table = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"cannot load the data set {source}: {why:.300}") from None
+    assert isinstance(table, datasets.Dataset), "one split was asked for"
     return table.select(range(min(stop or len(table), len(table)))).to_list()

@@ -48,7 +48,8 @@ def end_tokens(recipe: Recipe, directory: Path, tokenizer: "PreTrainedTokenizerB
     for token in recipe.sampling.stop_token_ids:
         if token >= size:
             raise UserError(f"sampling.stop_token_ids: {token} is outside the vocabulary of {size} tokens; remove it")
-    declared = _declared(directory) | ({tokenizer.eos_token_id} - {None})
+    own = tokenizer.eos_token_id
+    declared = _declared(directory) | ({own} if isinstance(own, int) else set())
     for token in sorted(token for token in declared if token >= size):
         log.warning("end-of-sequence token %d of the model's files is outside its vocabulary of %d", token, size)
     return sorted({token for token in declared if token < size} | set(recipe.sampling.stop_token_ids))
@@ -61,6 +62,7 @@ def closing_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     said = "7 apples"
     conversation = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": said}]
     rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert isinstance(rendered, str), "not tokenized, it is a text"
     behind = tokenizer(rendered.rpartition(said)[2], add_special_tokens=False)["input_ids"]
     return next((token for token in behind if token in tokenizer.added_tokens_decoder), None)
 

@@ -8,11 +8,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from protocol.snapshot import Corrupt, open_sealed
@@ -49,8 +51,18 @@ class Reading:
             self.failure = error
 
 
+class Runner(Protocol):
+    """What vLLM's worker computes with, as seen from here."""
+
+    def get_model(self) -> nn.Module: ...
+
+
 class SnapshotWorker:
     """Mixed into vLLM's worker by name (`worker_extension_cls`)."""
+
+    # The worker's own. They are only named here: vLLM refuses an extension that has what the worker has.
+    model_runner: Runner
+    reload_weights: Callable[..., None]
 
     def read_snapshot(self, path: str, sha256: str, patience_s: float) -> None:
         """Begins to read a full snapshot, in a thread: the engine goes on sampling with the weights that it has.

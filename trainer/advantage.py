@@ -64,7 +64,7 @@ def find(name: str) -> Advantage:
     return _checked(_load(name, Path(file).expanduser(), function), name)
 
 
-def _load(name: str, path: Path, function: str) -> Advantage:
+def _load(name: str, path: Path, function: str) -> Callable[..., object]:
     if not path.is_file():
         raise UserError(f"objective.advantage = {name!r}: there is no file {path.absolute()}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -81,7 +81,7 @@ def _load(name: str, path: Path, function: str) -> Advantage:
     return found
 
 
-def _checked(function: Advantage, name: str) -> Advantage:
+def _checked(function: Callable[..., object], name: str) -> Advantage:
     """The user's function, its result looked at every time."""
 
     def advantage(rewards: np.ndarray) -> np.ndarray:

@@ -35,8 +35,16 @@ class MicroBatch:
     lengths: Tensor  # [c], tokens
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return MicroBatch(**{name: part if part is None else part.to(device) for name, part in parts.items()})
+        return MicroBatch(
+            packed=self.packed.to(device),
+            sampler_logprobs=self.sampler_logprobs.to(device),
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs.to(device),
+            advantages=self.advantages.to(device),
+            mask=self.mask.to(device),
+            shares=self.shares.to(device),
+            completion=self.completion.to(device),
+            lengths=self.lengths.to(device),
+        )
 
     def with_reference(self, ref_logprobs: Tensor) -> "MicroBatch":
         return replace(self, ref_logprobs=ref_logprobs)

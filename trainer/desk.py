@@ -23,6 +23,7 @@ from protocol.messages import (
     Pulse,
     Rejection,
     Split,
+    Status,
     Stop,
     Unreadable,
     Up,
@@ -187,7 +188,8 @@ class Desk:
                 return f"{name} differs: the trainer has {ours}, this sampler {theirs}"
         if not hello.train.rows:
             return "its training data have no rows"
-        for split, theirs in (("train", hello.train), ("eval", hello.eval)):
+        told: dict[Split, DataSet] = {"train": hello.train, "eval": hello.eval}
+        for split, theirs in told.items():
             ours = self.sets.get(split, theirs)
             if ours != theirs:
                 return f"{split} data differ: this run has {ours.rows} rows ({ours.fingerprint}), this sampler {theirs}"
@@ -202,12 +204,17 @@ class Desk:
             held = {group_id for kind, group_id in beat.held if kind == split}
             ledger.beat(beat.session, held, moved, now, self.recipe.network.resend_s)
         answer = self._news(beat.session)
-        return [(sampler.peer, answer)] * bool(answer) + self._grant(beat.session, now)
+        letters: Letters = [(sampler.peer, answer)] if answer else []
+        return letters + self._grant(beat.session, now)
 
     def _news(self, session: str) -> Stop | Pulse | None:
         """Who takes part in an exam keeps its weights until it is over."""
-        examines = self.exam is not None and self.exam.has(session, self.samplers)
-        return self.stop or (self.exam.pulse if examines else self.pulse)
+        exam = self._exam_of(session)
+        return self.stop or (exam.pulse if exam else self.pulse)
+
+    def _exam_of(self, session: str) -> Exam | None:
+        """The one that a sampler takes part in."""
+        return self.exam if self.exam and self.exam.has(session, self.samplers) else None
 
     def _grant(self, session: str, now: float) -> Letters:
         """What a sampler asked for, within its part of all."""
@@ -216,7 +223,7 @@ class Desk:
             return []
         letters: Letters = []
         for split, ledger in self._ledgers().items():
-            if split == "eval" and not self.exam.has(session, self.samplers):
+            if split == "eval" and not self._exam_of(session):
                 continue
             want = min(MAX_LEASES, sampler.want // self._size(split))
             if not want or not ledger.can_grant(sampler.snapshot):
@@ -243,7 +250,7 @@ class Desk:
         """Whether leases of this split may go to a sampler, now or as soon as it has loaded the weights."""
         sampler = self.samplers[session]
         answers = now - sampler.seen <= 2 * self.recipe.network.beat_s and not self._stands_still(sampler, now)
-        return answers and (split == "train" or self.exam.has(session, self.samplers))
+        return answers and (split == "train" or self._exam_of(session) is not None)
 
     def _stands_still(self, sampler: Sampler, now: float) -> bool:
         """What was taken from its engine is for others."""
@@ -252,6 +259,7 @@ class Desk:
     def _group(self, group: Group, sampler: Sampler) -> Ack:
         ledger = self._ledgers().get(group.split)
         why = self._problem(group)
+        status: Status
         if ledger is None:
             status = "unknown"
         elif why:
@@ -308,7 +316,9 @@ class Desk:
     def _ledgers(self) -> dict[Split, Ledger]:
         """An exam's first: it is short, and newer weights wait for it."""
         found: dict[Split, Ledger] = {"eval": self.exam.ledger} if self.exam else {}
-        return found | ({"train": self.train} if self.train else {})
+        if self.train:
+            found["train"] = self.train
+        return found
 
     def _count(self, name: str, by: int = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + by

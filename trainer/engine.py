@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import deepspeed
 import numpy as np
@@ -31,6 +32,13 @@ from trainer.shards import Entry
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class Clips(Protocol):
+    """DeepSpeed's optimizer of any stage of ZeRO, as seen from here."""
+
+    clip_grad: float
+
+
 class Policy:
     """Every method but `batch` is called by all ranks together."""
 
@@ -51,17 +59,20 @@ class Policy:
             if ranks.device.type == "cpu" and (advice := dtype_advice(recipe)):
                 log.warning("%s", advice)
         refuse_other_kernels(ranks, f"attention {attention}")
-        scorer = TokenLogprobs(self.model, recipe.sampling.temperature, recipe.trainer.logits_chunk, attention)
+        self._scorer = TokenLogprobs(self.model, recipe.sampling.temperature, recipe.trainer.logits_chunk, attention)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = adamw(trainable, recipe.optimizer, ranks.device)
+        self._optimizer = adamw(trainable, recipe.optimizer, ranks.device)
         # An inference all-reduce that training never calls; building it needs a compiler and 40 s.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=ranks.backend)
         self._engine, *_ = deepspeed.initialize(
-            model=scorer,
-            model_parameters=trainable,
-            optimizer=optimizer,
-            lr_scheduler=lambda optimizer: schedule(optimizer, recipe.optimizer, recipe.trainer.steps),
+            model=self._scorer,
+            model_parameters=trainable,  # pyright: ignore[reportArgumentType]  # DeepSpeed's annotation says a module
+            optimizer=self._optimizer,
+            # DeepSpeed's annotation has torch's old name of the class, which is no base of LambdaLR.
+            lr_scheduler=lambda optimizer: schedule(  # pyright: ignore[reportArgumentType]
+                optimizer, recipe.optimizer, recipe.trainer.steps
+            ),
             config=engine_settings(recipe, ranks.backend, [parameter.numel() for parameter in trainable]),
         )
         self.steps_done = 0
@@ -109,6 +120,7 @@ class Policy:
             norm = float(self._plain_grad_norm())
             done = math.isfinite(norm)
             self._engine.step() if done else self._engine.zero_grad()
+        assert norm is not None, "DeepSpeed computes it in every step"
         self.grad_norm = float(norm)
         self.steps_done += done
         self.skipped = 0 if done else self.skipped + 1
@@ -128,14 +140,13 @@ class Policy:
     @torch.no_grad()
     def score(self, packed: Packed, temperature: float) -> Tensor:
         """Log-probs [n] under the current weights, without a gradient."""
-        scorer = self._engine.module
-        usual, scorer.temperature = scorer.temperature, temperature
+        usual, self._scorer.temperature = self._scorer.temperature, temperature
         self._engine.eval()
         try:
             return self._engine(packed.to(self._ranks.device))[0].cpu()
         finally:
             self._engine.train()
-            scorer.temperature = usual
+            self._scorer.temperature = usual
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Trained parameters under their Hugging Face names, one at a time, on rank 0's CPU.
@@ -167,6 +178,7 @@ class Policy:
         """Every rank writes its part below `directory / tag`. Raises StorageError, on the rank that could not."""
         failures: list[Exception] = []
         writer = self._engine.checkpoint_engine
+        assert writer is not None, "`deepspeed.initialize` makes one"
         write = writer.save
 
         def keep_going(state_dict: dict, path: str) -> None:
@@ -193,27 +205,32 @@ class Policy:
 
     def load(self, directory: Path, tag: str, universal: bool = False) -> None:
         """The caller has verified the files: DeepSpeed unpickles them. universal: `universal.convert` wrote them."""
-        own = [{key: group[key] for key in group if key != "params"} for group in self._engine.optimizer.param_groups]
-        self._engine._config.load_universal_checkpoint = universal
+        own = [{key: group[key] for key in group if key != "params"} for group in self._optimizer.param_groups]
+        settings = self._engine._config
+        assert settings is not None, "`deepspeed.initialize` was given them"
+        settings.load_universal_checkpoint = universal
         path, state = self._engine.load_checkpoint(
             str(directory), tag=tag, load_module_strict=not self.recipe.lora.rank
         )
-        if path is None:
+        if path is None or state is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {directory}")
         self.steps_done = state["steps_done"]
         self._restore_settings(own)
-        for kept in self._engine.basic_optimizer.state.values():
+        for kept in self._optimizer.state.values():
             kept["step"] = kept["step"].clone()  # universal, ZeRO 3: one tensor, which every group would count up
 
     def _restore_settings(self, own: list[dict]) -> None:
         """Learning rate, decay and the like are the recipe's; DeepSpeed loads those of the checkpoint over them, and
         under ZeRO 3 from a universal one the first group's over all."""
         factor = learning_rate_factor(self.steps_done, self.recipe.optimizer, self.recipe.trainer.steps)
-        for group, settings in zip(self._engine.optimizer.param_groups, own, strict=True):
+        for group, settings in zip(self._optimizer.param_groups, own, strict=True):
             group.update(settings, lr=settings["initial_lr"] * factor)
-        self._engine.lr_scheduler.base_lrs = [settings["initial_lr"] for settings in own]
+        rates, zero = self._engine.lr_scheduler, self._engine.optimizer
+        assert rates is not None, "`deepspeed.initialize` was given one"
+        rates.base_lrs = [settings["initial_lr"] for settings in own]
         if self.recipe.trainer.zero_stage:
-            self._engine.optimizer.clip_grad = self.recipe.optimizer.max_grad_norm
+            assert isinstance(zero, Clips), "every stage of ZeRO clips"
+            zero.clip_grad = self.recipe.optimizer.max_grad_norm
 
     def _shared_advantages(self, rewards: np.ndarray) -> np.ndarray:
         """The first rank's on all ranks: a function of the user's may draw random numbers."""

@@ -16,6 +16,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from policy.model import DTYPES, adapter_settings, copy_model_files, load_model, locate, model_fingerprint
 from protocol.disk import sync_directory, write_new
@@ -114,8 +115,9 @@ def _merge(sealed: Sealed, recipe: Recipe, aside: Path) -> None:
     _refuse_if_different(sealed.manifest.id, get_peft_model_state_dict(model), tensors)
     set_peft_model_state_dict(model, tensors)
     merged = model.merge_and_unload().to(DTYPES[recipe.model.dtype])
+    assert isinstance(merged, PreTrainedModel), "peft gives back the model that it was put around"
     try:
-        merged.save_pretrained(aside, max_shard_size=SHARD)  # pyright: ignore[reportCallIssue]
+        merged.save_pretrained(aside, max_shard_size=SHARD)
     except SafetensorError as error:  # it reports a full disk as one
         raise StorageError(f"cannot write {aside}: {error}; free space or mend permissions") from error
     copy_model_files(base, aside, recipe.model.dtype)

@@ -35,7 +35,7 @@ def of_groups(groups: Sequence[Group], step: int) -> dict[str, float]:
         "completions/tokens": totals.sum(),
     }
     for name in completions[0].rewards:
-        values = [c.rewards[name] for c in completions if c.rewards.get(name) is not None]
+        values = [value for c in completions if (value := c.rewards.get(name)) is not None]
         figures[f"rewards/{name}/mean"] = np.mean(values) if values else float("nan")
     first = next(iter(completions[0].rewards))
     figures["accuracy"] = np.mean([(c.rewards.get(first) or 0.0) > 0 for c in completions])

@@ -3,9 +3,9 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from protocol.metrics import MetricsWriter
 from protocol.rundir import RunDir
 from protocol.snapshot import Corrupt, listed, open_sealed, snapshot_id, step_of
 from trainer.engine import Policy
-from trainer.inbox import Inbox
+from trainer.parts import Source
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +48,14 @@ class Journal:
     def keep(self, step: int, groups: list[Group]) -> None:
         """They were read from a stream."""
 
-    def checkpoint(self, policy: Policy, inbox: Inbox) -> None:
+    def checkpoint(self, policy: Policy, inbox: Source) -> None:
         """A replay starts anew."""
 
-    def quarantine(self, policy: Policy, groups: list[Group], inbox: Inbox) -> None:
+    def quarantine(self, policy: Policy, groups: list[Group], inbox: Source) -> None:
         """Raises Diverged: later steps would not be those that were recorded."""
         raise Diverged(f"recorded step {policy.steps_done + 1} is not finite with these settings; the replay ends")
 
-    def write(self, record: dict) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """The record of a step, as `Record` makes it."""
         self._figures.write(record)
         if record["kind"] != "step":

@@ -16,7 +16,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from protocol.messages import Group, without_signal
+from protocol.messages import Group, Status, without_signal
 from protocol.snapshot import step_of
 
 MAX_TRIES = 5
@@ -104,7 +104,7 @@ class Ledger:
         """Leases of a session."""
         return self._held[session]
 
-    def offer(self, group: Group) -> str:
+    def offer(self, group: Group) -> Status:
         """Decides over an answered lease that `accept.problem` found sound; returns the status to acknowledge."""
         group_id = group.group_id
         if self.is_done(group_id) or group_id in self.ready or group_id in self.taken:

@@ -2,14 +2,14 @@
 
 from protocol.recipe import Recipe
 from trainer.engine import Policy
-from trainer.exams import Exams
-from trainer.inbox import Inbox
 from trainer.loss import objective_loss
+from trainer.parts import Examiner, Keeper, SourceT
 from trainer.record import Record
-from trainer.store import Store
 
 
-def train(policy: Policy, inbox: Inbox, store: Store, exams: Exams, record: Record, recipe: Recipe) -> bool:
+def train(
+    policy: Policy, inbox: SourceT, store: Keeper[SourceT], exams: Examiner, record: Record, recipe: Recipe
+) -> bool:
     """Trains until `trainer.steps`, or until `eval.patience` ends; False when asked to stop before.
 
     waits for: groups in `inbox.take`, which samplers end by answering leases, or a stop signal

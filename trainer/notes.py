@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 import msgspec
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from protocol.errors import RunError, StorageError, UserError
 
@@ -65,7 +66,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    store: dist.Store
+    store: Store
     rank: int
     names: Sequence[str]
     """Of all ranks, in their order."""
@@ -79,7 +80,7 @@ class Notes:
 
         Raises Absent on all ranks that are there, RunError where the store is lost or holds what no rank has written.
         """
-        store = dist.PrefixStore(about, self.store)
+        store = PrefixStore(about, self.store)
         try:
             with self.connected():
                 found = self._exchange(store, msgspec.msgpack.encode(own), seconds)
@@ -98,13 +99,15 @@ class Notes:
 
         What it raises on one rank is raised on all, with the name of that rank: none waits for one that has failed.
         """
+        done: list[T] = []
+        failed: Exception | None = None
         try:
-            done, failed = act(), None
+            done.append(act())
         except Exception as error:  # also what nobody expects: the others wait
             if self.world == 1:
                 raise
             log.error("%s", error)
-            done, failed = None, error
+            failed = error
         outcomes = self.swap(about, Outcome.of(failed), Outcome, seconds)
         if failed and not isinstance(failed, RunError):
             raise failed
@@ -114,7 +117,7 @@ class Notes:
             said = first.problem if first.problem.startswith(name) else f"{name}: {first.problem}"
             more = f" ({len(bad) - 1} more ranks fail)" if len(bad) > 1 else ""
             raise ERRORS.get(first.code, RunError)(said + more)
-        return done  # pyright: ignore[reportReturnType]
+        return done[0]
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
@@ -125,10 +128,10 @@ class Notes:
             said = str(error).splitlines()[0]
             raise RunError(f"{self.names[0]}, where the ranks' store is, has ended or is cut off ({said})") from None
 
-    def _exchange(self, store: dist.Store, own: bytes, seconds: float) -> Collected:
-        store.set(str(self.rank), own)
+    def _exchange(self, store: Store, own: bytes, seconds: float) -> Collected:
+        _set(store, str(self.rank), own)
         if self.rank == 0:
-            store.set("all", msgspec.msgpack.encode(self._collect(store, seconds)))
+            _set(store, "all", msgspec.msgpack.encode(self._collect(store, seconds)))
         store.wait(["all"], timedelta(seconds=seconds + LATER_S))
         found = msgspec.msgpack.decode(store.get("all"), type=Collected)
         store.set(f"read/{self.rank}", "")
@@ -138,12 +141,16 @@ class Notes:
                 store.wait(readers, timedelta(seconds=FAREWELL_S))
         return found
 
-    def _collect(self, store: dist.Store, seconds: float) -> Collected:
+    def _collect(self, store: Store, seconds: float) -> Collected:
         keys = [str(rank) for rank in range(self.world)]
         with contextlib.suppress(dist.DistStoreError):  # not all in time
             store.wait(keys, timedelta(seconds=seconds))
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         return Collected(notes=[] if missing else [store.get(key) for key in keys], missing=missing)
+
+
+def _set(store: Store, key: str, value: bytes) -> None:
+    store.set(key, value)  # pyright: ignore[reportArgumentType]  # torch stores bytes, too; its stub knows text alone
 
 
 ERRORS = {kind.exit_code: kind for kind in (UserError, StorageError)}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -98,7 +98,9 @@ def _write_adapter(aside: Path, weights: dict[str, Tensor], policy: Policy) -> d
     named = get_peft_model_state_dict(policy.model, state_dict=weights)
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in named.items()}
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in prefixed.items()]
-    settings = policy.model.peft_config["default"].to_dict()
+    adapter = policy.model.peft_config["default"]
+    assert isinstance(adapter, PeftConfig), "`add_adapter` puts peft's own there"
+    settings = adapter.to_dict()
     settings["target_modules"] = sorted(settings["target_modules"])
     settings |= {"inference_mode": True, "base_model_name_or_path": policy.recipe.model.path}
     text = json.dumps({key: value for key, value in settings.items() if _plain(value)}, indent=1)

@@ -19,7 +19,7 @@ from protocol.cli import log_to_console
 from protocol.disk import write_atomic
 from protocol.errors import StorageError
 from protocol.keys import open_keys
-from protocol.messages import DataSet
+from protocol.messages import DataSet, Split
 from protocol.metrics import MetricsWriter
 from protocol.mirror import mirrored
 from protocol.process import die_with_parent, on_stop_signal, watch_ancestors
@@ -140,7 +140,7 @@ def restore(state: State | None, desk: Desk | None, inbox: Inbox) -> None:
     log.info("resumed from step %d", state.step)
     inbox.exams = state.inbox["exams"]
     if desk and state.inbox["ledger"]:
-        desk.sets = msgspec.convert(state.inbox["sets"], dict[str, DataSet])
+        desk.sets = msgspec.convert(state.inbox["sets"], dict[Split, DataSet])
         desk.open_ledger(desk.sets["train"].rows).restore(state.inbox["ledger"])
         desk.solved.restore(state.inbox.get("solved", {}))
 

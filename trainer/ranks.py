@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from protocol.failure import LOST_PEER
 from trainer.backend import choose_backend
@@ -39,10 +40,12 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # not before: the trial's process may need the GPU to itself
         # Before DeepSpeed, which would take NCCL. Without device_id: with gloo a later new_group would fail on CUDA.
-        store = dist.PrefixStore("ranks", self.notes.store)
+        store = PrefixStore("ranks", self.notes.store)
         with self.notes.connected():
             dist.init_process_group(self.backend, store=store, rank=self.rank, world_size=self.world, timeout=TIMEOUT)
-            self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            assert isinstance(group, dist.ProcessGroup), "a group of all ranks is a group on every rank"
+            self._control = group
 
     @property
     def first(self) -> bool:

@@ -10,16 +10,14 @@ import torch
 
 from protocol.evaluation import Evaluation
 from protocol.memory import GIB, peak_gb
-from protocol.metrics import MetricsWriter
 from protocol.versions import versions
 from trainer import figures
 from trainer.batch import Batch
 from trainer.checkup import Checkup
 from trainer.engine import Policy
-from trainer.inbox import Inbox
 from trainer.loss import Figures
+from trainer.parts import Source, Spending, Writer
 from trainer.ranks import Ranks
-from trainer.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +25,7 @@ log = logging.getLogger(__name__)
 class Record:
     """Adds up what the ranks measured; the first rank writes."""
 
-    def __init__(self, writer: MetricsWriter, ranks: Ranks, store: Store, checkup: Checkup | None = None) -> None:
+    def __init__(self, writer: Writer, ranks: Ranks, store: Spending, checkup: Checkup | None = None) -> None:
         """checkup: on the first rank of a run with samplers."""
         self._writer, self._ranks, self._store, self._checkup = writer, ranks, store, checkup
         self._seen: list[Figures] = []
@@ -50,7 +48,7 @@ class Record:
         self._seen = []
         return figures.of_tokens(dict(zip(names, self._ranks.gather(table.cpu().numpy()), strict=True)))
 
-    def step(self, policy: Policy, batch: Batch, inbox: Inbox) -> None:
+    def step(self, policy: Policy, batch: Batch, inbox: Source) -> None:
         """Ends a step: gathers what the ranks have seen and writes the record."""
         measured = self.measured()
         host, allocated, reserved = self._ranks.max([int(peak_gb() * GIB), *policy.device_memory])

@@ -20,6 +20,10 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+# torch documents TCPStore, and forgets it in __all__.
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
 from protocol.errors import PortBusy, RunError, UserError
 from trainer.notes import Absent, Notes
 from trainer.place import Place
@@ -67,7 +71,7 @@ def meet(place: Place, come_s: float = COME_S, connect_s: float = CONNECT_S) -> 
     own, at = _here(place), f"{place.address}:{place.port}"
     if place.world > 1:
         log.info("rank %d of %d: meeting the others at %s, for up to %.0f s", place.rank, place.world, at, come_s)
-    store = dist.PrefixStore("vesper", _open_store(place, at, come_s))
+    store = PrefixStore("vesper", _open_store(place, at, come_s))
     numbers = [f"rank {rank}" for rank in range(place.world)]
     try:
         peers = Notes(store, place.rank, numbers).swap("meeting", own, Peer, come_s)
@@ -81,10 +85,10 @@ def meet(place: Place, come_s: float = COME_S, connect_s: float = CONNECT_S) -> 
     return Notes(store, place.rank, list(map(str, peers))), peers
 
 
-def _open_store(place: Place, at: str, seconds: float) -> dist.Store:
+def _open_store(place: Place, at: str, seconds: float) -> Store:
     """torch's own, which does not wait for all ranks here: rank 0 could not say which of them are missing."""
     try:
-        return dist.TCPStore(
+        return TCPStore(
             place.address,
             place.port,
             is_master=place.rank == 0 and not place.agent,
@@ -135,12 +139,13 @@ def _refuse_loopback(peers: Sequence[Peer]) -> None:
         )
 
 
-def _connect(store: dist.Store, place: Place, peers: Sequence[Peer], seconds: float) -> None:
+def _connect(store: Store, place: Place, peers: Sequence[Peer], seconds: float) -> None:
     """A group of gloo's own that adds up one number: what cannot connect is told now, not after half an hour."""
     limit = timedelta(seconds=seconds)
     try:
-        group = dist.ProcessGroupGloo(dist.PrefixStore("connection", store), place.rank, place.world, limit)
-        group.allreduce([torch.ones(1)]).wait()
+        group = dist.ProcessGroupGloo(PrefixStore("connection", store), place.rank, place.world, limit)
+        # torch's stub has the method for groups of ranks, not for the backends below them.
+        group.allreduce([torch.ones(1)]).wait()  # pyright: ignore[reportAttributeAccessIssue]
     except RuntimeError as error:
         raise RunError(
             f"gloo does not connect the {place.world} ranks within {seconds:.0f} s: one has ended since, or is not "

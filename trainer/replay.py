@@ -11,20 +11,16 @@ import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 from policy.model import load_tokenizer, vocabulary_size
 from protocol.codec import decode_groups, encode_groups
 from protocol.errors import RunError, UserError
 from protocol.keys import open_keys
 from protocol.messages import Group, Pulse
-from protocol.metrics import MetricsWriter
 from protocol.recipe import Recipe
 from protocol.rundir import RunDir
 from trainer.accept import has_reference, problem
 from trainer.engine import Policy
-from trainer.exams import Exams
-from trainer.inbox import Inbox
 from trainer.journal import Journal
 from trainer.loop import train
 from trainer.publish import Publisher
@@ -33,7 +29,6 @@ from trainer.ranks import Ranks
 from trainer.record import Record
 from trainer.roll_call import call_roll, fetch
 from trainer.shortage import shortage_explained
-from trainer.store import Store
 from trainer.stream import read_stream, recorded, stream_of
 
 log = logging.getLogger(__name__)
@@ -51,10 +46,8 @@ def replay(rundir: RunDir, recipe: Recipe, stream: Path) -> int:
         with Journal(rundir, ranks.first) as journal:
             journal.publish(policy)
             journal.begin(policy.steps_done)
-            # They do for the loop and its record what their namesakes do in a run with samplers.
-            inbox, store, exams = cast(Inbox, source), cast(Store, journal), cast(Exams, NoExams())
-            record = Record(cast(MetricsWriter, journal), ranks, store)
-            train(policy, inbox, store, exams, record, recipe)
+            record = Record(journal, ranks, journal)
+            train(policy, source, journal, NoExams(), record, recipe)
             if stop.is_set():
                 log.info("stopped after step %d; a replay is not resumed: name another --run", policy.steps_done)
                 return 0

@@ -19,6 +19,10 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
+# torch documents TCPStore, and forgets it in __all__.
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
 from protocol.failure import died
 from protocol.process import die_with_parent, end, start
 from trainer.notes import Notes
@@ -59,7 +63,7 @@ def works(backend: str, notes: Notes, device: torch.device, deadline_s: float = 
     return next(filter(None, notes.swap("the trial", failed, str, deadline_s + 60)), "")
 
 
-def _wait(child: Popen, store: dist.Store, deadline_s: float) -> str:
+def _wait(child: Popen, store: Store, deadline_s: float) -> str:
     """How the process ended, "" when it did well. Once another rank's has failed it is not waited for any longer."""
     deadline = time.monotonic() + deadline_s
     while child.poll() is None:
@@ -71,11 +75,11 @@ def _wait(child: Popen, store: dist.Store, deadline_s: float) -> str:
     return died(child.returncode) if child.returncode else ""
 
 
-def _served(store: dist.Store) -> dist.TCPStore:
+def _served(store: Store) -> TCPStore:
     """The store under its prefixes."""
-    while isinstance(store, dist.PrefixStore):
+    while isinstance(store, PrefixStore):
         store = store.underlying_store
-    assert isinstance(store, dist.TCPStore)
+    assert isinstance(store, TCPStore)
     return store
 
 
@@ -89,7 +93,7 @@ def _said(log: IO[bytes]) -> str:
     return found if len(found) <= LONGEST else f"{found[:LONGEST]} ..."
 
 
-def sum_up(backend: str, rank: int, world: int, device: torch.device, store: dist.Store) -> None:
+def sum_up(backend: str, rank: int, world: int, device: torch.device, store: Store) -> None:
     """Raises what the backend raises, and RuntimeError where a sum is wrong."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -110,8 +114,8 @@ def main(arguments: Sequence[str]) -> int:
     backend, rank, world, device, host, port = arguments
     torch.set_num_threads(1)
     try:
-        served = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=DEADLINE_S))
-        sum_up(backend, int(rank), int(world), torch.device(device), dist.PrefixStore(f"{TRY}/group", served))
+        served = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=DEADLINE_S))
+        sum_up(backend, int(rank), int(world), torch.device(device), PrefixStore(f"{TRY}/group", served))
     except Exception as error:
         sys.stdout.write(f"{FAILED}{' '.join(str(error).split())}\n")
         return 1

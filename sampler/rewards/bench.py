@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from protocol.recipe import Recipe, Reward
-from sampler.prompts import Prompt, load_prompts
+from sampler.prompts import Prompt, read_prompts
 from sampler.rewards.pool import RewardFailed, RewardPool
 
 BESIDE = Reward(function="tag_count")
@@ -126,15 +126,6 @@ def tokens_of(text: str) -> int:
     return -(-len(text.encode(errors="replace")) // BYTES_PER_TOKEN)
 
 
-class Unread:
-    """Stands for a tokenizer where prompts are wanted as messages only."""
-
-    chat_template = "messages"
-
-    def apply_chat_template(self, messages: list, **how: object) -> list[list[int]]:
-        return [[] for _ in messages]
-
-
 def prompts_of(source: str, limit: int, recipe: Recipe) -> list[Prompt]:
     """The first rows (0: all) as training asks them, without token ids. Raises UserError as training would."""
-    return load_prompts(source, limit, recipe.data, Unread())  # type: ignore[arg-type]
+    return read_prompts(source, limit, recipe.data)
