@@ -82,6 +82,7 @@ def trial(backend: str, deadline_s: float = 90.0, signals: signal.Signals | None
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_find_out_together_whether_a_backend_works():
     assert trial("gloo") == ["", ""]
     if not torch.cuda.is_available():
@@ -90,6 +91,7 @@ def test_two_ranks_find_out_together_whether_a_backend_works():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("signals", "said"), [(signal.SIGSTOP, "no answer within 6 s"), (signal.SIGKILL, "was killed by SIGKILL")]
 )
@@ -173,6 +175,7 @@ def test_a_virtual_gpu_is_known_by_its_name_or_by_the_driver(name, mode, virtual
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs NCCL may work")
 def test_nccl_that_cannot_work_is_one_line_before_any_model_loads(tiny, tmp_path):
     words = ["-m", "trainer", "--gpus", "2", "--backend", "nccl", "--run", str(tmp_path / "run")]
@@ -185,6 +188,7 @@ def test_nccl_that_cannot_work_is_one_line_before_any_model_loads(tiny, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "bfloat16")])
 def test_gloo_is_asked_only_for_what_it_has_for_cuda_tensors(tiny, tmp_path, stage, dtype):
     """And for as many bytes as `launch plan` says."""

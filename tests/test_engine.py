@@ -155,6 +155,7 @@ def test_the_next_good_snapshot_is_used_again(running):
     assert max(abs(one.logprobs - other).max() for one, other in zip(sampled, expected, strict=True)) < 1e-3
 
 
+@pytest.mark.long
 def test_adapters_of_a_llama_leave_its_output_layer_alone(tmp_path):
     """vLLM would wrap it too, and die of the log-probs of two prompts in one step."""
     llama = make_model(tmp_path / "llama", llama=True)

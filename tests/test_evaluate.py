@@ -48,6 +48,7 @@ def evaluated(*options: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_smollm2_on_word_problems(tmp_path):
     """Every figure follows from the texts that are kept beside the result."""
     out = tmp_path / "base.json"
@@ -72,6 +73,7 @@ def test_smollm2_on_word_problems(tmp_path):
     assert "pass@4" in said and "maj@4" in said and "tokens/s" in said
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"no {GSM8K}")
 def test_smollm2_on_gsm8k(tmp_path):
     out = tmp_path / "gsm8k.json"
@@ -169,6 +171,7 @@ def greedy(model: torch.nn.Module, base: Path, prompts: list[list[dict]]) -> lis
     return said
 
 
+@pytest.mark.long
 def test_snapshots_of_a_run_are_evaluated_with_their_own_weights_and_compared(rundir, tmp_path):
     """Greedy, in float32: what is said is what transformers says with these weights, or with this adapter."""
     best, latest, base = tmp_path / "best.json", tmp_path / "latest.json", rundir.path.parent / "model"
@@ -201,6 +204,7 @@ def processes(word: str) -> list[psutil.Process]:
     return [process for process in set(found) if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("moment", "number"), [("loading", signal.SIGINT), ("sampling", signal.SIGINT), ("sampling", signal.SIGKILL)]
 )
@@ -290,6 +294,7 @@ def test_a_damaged_snapshot_is_refused_before_the_engine_loads(rundir, no_engine
         file.write_bytes(whole)
 
 
+@pytest.mark.long
 def test_a_reward_that_always_fails_gives_no_accuracy(rundir, tmp_path):
     (tmp_path / "broken.py").write_text("def broken(completions, **columns):\n    raise ValueError('no grader')\n")
     override = f'reward=[{{function="{tmp_path}/broken.py:broken"}}]'

@@ -29,6 +29,7 @@ def test_mutations_start_from_a_message_of_every_kind():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("F6", "G4", "G5", "O4")
 @pytest.mark.parametrize("target", TARGETS)
 def test_some_seconds_of_hostile_bytes_violate_nothing(target, capsys):

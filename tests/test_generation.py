@@ -91,6 +91,7 @@ def greedy(running, directory, tmp_path_factory) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("who", "text", "last"),
     [
@@ -113,6 +114,7 @@ def test_the_text_ends_where_the_recipe_says_and_the_tokens_hold_all_that_was_sa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_completion_that_nothing_ends_is_cut(greedy):
     one, expected = greedy["Finn"]
     assert (one.finish, len(one.tokens)) == ("length", 24)
@@ -120,6 +122,7 @@ def test_a_completion_that_nothing_ends_is_cut(greedy):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_filtered_log_probs_are_too_high_by_the_kept_mass(running, directory):
     """Why the recipe refuses filters wherever the sampler's log-probs weigh anything: every importance weight
     would be too small by the mass of the kept tokens, another one at each token. Measured: 0.21 nats on average."""
@@ -149,6 +152,7 @@ def kept_mass(directory: Path, prompt: np.ndarray, tokens: np.ndarray) -> np.nda
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_held_out_prompts_are_answered_with_the_numbers_that_evaluation_needs(running, directory, tmp_path):
     recipe, prompts = of_demo("eval.extractors=['marks', 'last', 'boxed']")
     group, counts = answer(running, recipe, prompts, tmp_path, "eval", 2)  # Liam: 20 - 11
@@ -158,6 +162,7 @@ def test_held_out_prompts_are_answered_with_the_numbers_that_evaluation_needs(ru
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_group_without_signal_is_counted_and_its_reference_left_out_where_it_is_replaced(running, tmp_path):
     """Nothing is right."""
     recipe, prompts = of_demo("trainer.refill=1.0", "objective.kl_beta=0.04")
@@ -173,6 +178,7 @@ def test_a_group_without_signal_is_counted_and_its_reference_left_out_where_it_i
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_reward_of_the_tokens_makes_the_signal(running, tmp_path):
     recipe, prompts = of_demo("trainer.refill=1.0", "objective.kl_beta=0.04")
     recipe = msgspec.structs.replace(recipe, reward=[Reward(function="overlong", options={"buffer": 32})])

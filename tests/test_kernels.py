@@ -276,6 +276,7 @@ def test_liger_is_left_out_where_it_cannot_work(model, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_of_zero_3_with_checkpointing_make_the_same_update_by_varlen(tmp_path):
     """What sees what passes DeepSpeed's hooks and the second forward pass of checkpointed layers."""
     tiny = make_model(tmp_path / "tiny")
@@ -289,6 +290,7 @@ def test_two_ranks_of_zero_3_with_checkpointing_make_the_same_update_by_varlen(t
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_measures_every_variant_on_any_machine():
     command = [sys.executable, "-m", "benchmarks.rows", "--size", "tiny", "--tokens", "64", "--prompt", "8"]
     command += ["--completion", "12", "--group", "4", "--rounds", "1", "--threads", "1"]

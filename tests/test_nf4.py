@@ -66,6 +66,7 @@ def test_four_bits_are_for_adapters_that_no_zero_3_divides():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_resumed_run_on_four_bits_goes_on_exactly_as_the_uninterrupted_one(tiny, tmp_path):
     options = ["model.dtype=bfloat16", "model.quantize=nf4", "lora.rank=4", "trainer.zero_stage=2"]
     whole = run(tiny, tmp_path / "whole", *options, world=2, steps=4)

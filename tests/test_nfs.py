@@ -426,6 +426,7 @@ def test_the_doctor_beside_a_run_on_another_machine_misses_and_repeats_nothing(d
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("G21", "G20")
 def test_a_run_on_two_machines_survives_the_bad_days_of_its_disk():
     """The trained weights are its audit. The trainer moves to the other machine; at last the server is away 30 s."""

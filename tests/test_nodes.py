@@ -20,7 +20,7 @@ from tests.chaos.cluster import SETTINGS
 from tests.nodes.network import Node, end_all, living, network, wait_for
 from tests.tiny import make_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 STEPS = 500
 """More than there are before a signal comes."""

@@ -106,6 +106,7 @@ def test_gradients_and_updates_do_not_depend_on_stage_ranks_or_rows(tiny, alone,
         assert other["weights"] == pytest.approx(one["weights"], rel=1e-6)
 
 
+@pytest.mark.long
 def test_zero_3_partitions_an_output_layer_of_its_own(tmp_path):
     """Untied: the head's weight is read outside its module, gathered for it, and published by its own name."""
     untied = make_model(tmp_path / "untied", tie=False)
@@ -128,7 +129,12 @@ def test_zero_0_in_float32_makes_the_same_update(tiny, alone, tmp_path):
 @pytest.mark.fault("J1")
 @pytest.mark.parametrize(
     ("stage", "dtype", "what"),
-    [(0, "float32", "gradient"), (1, "bfloat16", "loss"), (2, "bfloat16", "gradient"), (3, "float32", "loss")],
+    [
+        (0, "float32", "gradient"),
+        pytest.param(1, "bfloat16", "loss", marks=pytest.mark.long),
+        pytest.param(2, "bfloat16", "gradient", marks=pytest.mark.long),
+        (3, "float32", "loss"),
+    ],
 )
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_changes_nothing(tiny, tmp_path, stage, dtype, what):
     options = [f"trainer.zero_stage={stage}", f"model.dtype={dtype}", "optimizer.schedule=cosine"]
@@ -140,7 +146,9 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_changes_nothing(ti
     assert [cut[0], *cut[2:]] == sound  # optimizer, schedule and ranks go on as if it had not been
 
 
-@pytest.mark.parametrize("options", [["model.dtype=bfloat16"], ["lora.rank=4", "lora.dropout=0.5"]])
+@pytest.mark.parametrize(
+    "options", [["model.dtype=bfloat16"], pytest.param(["lora.rank=4", "lora.dropout=0.5"], marks=pytest.mark.long)]
+)
 def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tiny, tmp_path, options):
     """Dropout too draws what it would have drawn."""
     options = [*options, "optimizer.schedule=cosine"]
@@ -151,6 +159,7 @@ def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tiny, tmp_path, 
     assert resumed == whole[2:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "rank", "before", "after"),  # before, after: ranks and ZeRO stage
     [("bfloat16", 4, (2, 1), (1, 1)), ("float32", 0, (2, 3), (1, 3)), ("float32", 0, (1, 2), (2, 1))],
@@ -172,6 +181,7 @@ def test_another_number_of_ranks_goes_on_where_the_run_was_cut(tiny, tmp_path, d
     assert not [path for path in rundir.checkpoints.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.long
 def test_settings_that_were_changed_count_from_the_resumed_step_on(tiny, tmp_path):
     run(tiny, tmp_path, steps=2)
     changed = ["optimizer.learning_rate=1e-5", "optimizer.max_grad_norm=1e-9"]
@@ -180,6 +190,7 @@ def test_settings_that_were_changed_count_from_the_resumed_step_on(tiny, tmp_pat
     assert after["weights"] == pytest.approx(before["weights"], rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stage", "said"),
     [(2, r"could not convert .*c00000002.*: .*; or start it with --num_gpus=1"), (3, "cannot load it with 3")],
@@ -193,6 +204,7 @@ def test_a_checkpoint_that_cannot_be_converted_is_one_clear_error(tiny, tmp_path
     assert list(rundir.checkpoints.iterdir()) == [path]
 
 
+@pytest.mark.long
 @pytest.mark.fault("G1")
 def test_a_snapshot_is_not_begun_where_there_is_no_room_for_it(tiny, tmp_path):
     rundir = RunDir(tmp_path / "run")
@@ -207,6 +219,7 @@ def test_a_snapshot_is_not_begun_where_there_is_no_room_for_it(tiny, tmp_path):
     assert list(rundir.snapshots.iterdir()) == [huge]
 
 
+@pytest.mark.long
 @pytest.mark.fault("G2")
 @pytest.mark.parametrize(("stage", "rank"), [(1, 1), (3, 0)])
 def test_a_rank_that_cannot_write_its_part_holds_up_nobody(tiny, tmp_path, stage, rank):
@@ -217,6 +230,7 @@ def test_a_rank_that_cannot_write_its_part_holds_up_nobody(tiny, tmp_path, stage
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 3])
 def test_adapters_train_alone_and_their_base_model_is_the_reference(tiny, tmp_path, stage):
     options = ["lora.rank=4", "lora.alpha=8", f"trainer.zero_stage={stage}"]

@@ -272,6 +272,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_replay_of_a_run_that_was_killed_comes_to_its_weights_bit_for_bit(killed_and_resumed, tmp_path):
     run, again = killed_and_resumed, tmp_path / "again"
@@ -294,6 +295,7 @@ def test_the_replay_of_a_run_that_was_killed_comes_to_its_weights_bit_for_bit(ki
     assert now == then  # where a step was done twice, its second time
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_all_ranks_of_a_replay_end_when_a_file_is_damaged(killed_and_resumed, tmp_path):
     cut = RunDir(tmp_path / "cut")

@@ -283,6 +283,7 @@ def test_what_else_stops_vllm_stays_what_it_is():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("L2")
 def test_vllm_with_too_little_memory_says_which_setting(tmp_path, monkeypatch):
     from tests.running_engine import Running
@@ -297,6 +298,7 @@ def test_vllm_with_too_little_memory_says_which_setting(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("B4")
 def test_one_engine_over_two_workers_has_the_trainers_weights_in_both_and_dies_whole(tmp_path, monkeypatch):
     """Tensor parallel: each worker reads and verifies the snapshot and keeps its slice; weights change in flight."""

@@ -897,6 +897,7 @@ def test_scanners_and_floods_leave_the_service_working_and_the_memory_flat(hub, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("D7")
 def test_half_a_handshake_is_ended(hub, keys):
     with raw_connection(hub) as half:

@@ -66,6 +66,7 @@ def test_other_errors_stay_what_they_are():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("L2")
 def test_a_rank_that_is_out_of_memory_says_so_and_is_not_started_again(tmp_path):
     rundir = RunDir(tmp_path / "run")

@@ -312,6 +312,7 @@ class Run:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_node_refused_then_cancelled_then_submitted_again(slurm, recipe, tmp_path):
     refused = Run(slurm, recipe, tmp_path / "refused", "--partition", "nowhere", step_s=0.0).attempt()
     assert refused.returncode == 2 and "invalid partition specified: nowhere" in refused.stderr
@@ -372,6 +373,7 @@ def test_ranks_start_where_slurm_hands_the_jobs_cpus_to_every_step(slurm, recipe
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_several_nodes_requeued_in_the_middle(slurm, recipe, tmp_path):
     run = Run(slurm, recipe, tmp_path / "requeued", "--shape", "nodes", "--sampler-nodes", "2", step_s=1.0)
     [job] = run.submit()
@@ -386,6 +388,7 @@ def test_several_nodes_requeued_in_the_middle(slurm, recipe, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_array_of_samplers_and_a_time_limit(slurm, recipe, tmp_path):
     """Two ranks on two nodes, whose time is over before the run is. Of two samplers one is cancelled, and the other
     starts only then, because all nodes are taken."""

@@ -272,6 +272,7 @@ with Cluster(Path(sys.argv[1]), steps=20, **{"tracking.mirrors": '["tensorboard"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @needs("tensorboard")
 def test_a_run_with_a_tracker_that_hangs_is_killed_resumed_and_whole(tmp_path, library):
     """A real trainer with a toy model. It waits for the one that hangs only once, at its very end."""

