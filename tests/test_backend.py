@@ -98,9 +98,9 @@ def test_two_ranks_find_out_together_whether_a_backend_works():
 def test_a_backend_that_hangs_or_crashes_costs_its_trial_alone(signals, said):
     """The stopped process and the one that waits for it are killed at the deadline; of a dead one all hear at once."""
     began = time.monotonic()
-    one, other = trial("gloo", 6.0 if signals == signal.SIGSTOP else 90.0, signals)
+    one, other = trial("gloo", 6.0 if signals == signal.SIGSTOP else 600.0, signals)
     assert one == other and one.startswith(said)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
 
 
 def test_wrong_sums_are_a_failure(monkeypatch):

@@ -130,7 +130,7 @@ def deepspeed(run: Path, recipe: Path | None = None, cold: bool = False) -> Proc
     return start(*words, "--run", str(run), *options, log=run.with_suffix(".trainer.log"), cold=cold)
 
 
-def finished(process: Process, run: Path, timeout_s: float = 240) -> int:
+def finished(process: Process, run: Path, timeout_s: float = 600) -> int:
     try:
         return process.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -177,7 +177,7 @@ def exams(run: Path) -> list[dict]:
 
 
 def no_engine_left(run: Path) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while descendants_of(run) and time.monotonic() < deadline:
         time.sleep(0.5)
     return not descendants_of(run)
@@ -191,7 +191,7 @@ def whole(tmp_path_factory):
     samples = sampler(run, recipe, cold=True)
     trains = deepspeed(run, recipe, cold=True)
     assert finished(trains, run) == 0, run.with_suffix(".trainer.log").read_text()[-3000:]
-    assert finished(samples, run, 60) == 0, run.with_suffix(".sampler.log").read_text()[-3000:]
+    assert finished(samples, run) == 0, run.with_suffix(".sampler.log").read_text()[-3000:]
     return run
 
 
@@ -249,7 +249,7 @@ def test_no_process_is_left(whole):
 
 def test_a_process_that_stays_would_be_seen(tmp_path):
     process = start("-c", "import time; time.sleep(30)", log=tmp_path / "log", cold=True)
-    deadline = time.monotonic() + 10  # its environment can be read a moment after it has started
+    deadline = time.monotonic() + 60  # its environment can be read a moment after it has started
     while not (seen := descendants_of(tmp_path / "run")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.kill()
@@ -272,12 +272,12 @@ def test_a_dead_engine_ends_its_sampler_which_says_so_and_a_new_one_takes_over(t
     assert engine.pid in pids_of(run), "the check for leftovers would not see it"
     wait_for(lambda: len(steps(run)) >= 1, trains, run)
     engine.kill()
-    assert samples.wait(60) == 71, run.with_suffix(".sampler.log").read_text()[-2000:]
+    assert samples.wait(200) == 71, run.with_suffix(".sampler.log").read_text()[-2000:]
     said = (run / "FAILED.md").read_text()
     assert said.startswith("# sampler engine 0 on ") and "vLLM died" in said
     second = sampler(run)
     assert finished(trains, run) == 0
-    assert finished(second, run, 60) == 0
+    assert finished(second, run) == 0
     assert audit(run) == list(range(24))
     assert not (run / "FAILED.md").exists()
     assert no_engine_left(run)
@@ -291,7 +291,7 @@ def test_a_killed_trainer_resumes_while_its_sampler_stays(tmp_path):
     os.killpg(trains.pid, signal.SIGKILL)
     trains.wait()
     assert finished(deepspeed(run), run) == 0
-    assert finished(samples, run, 60) == 0
+    assert finished(samples, run) == 0
     assert audit(run) == list(range(24))
     assert no_engine_left(run)
 
@@ -303,7 +303,7 @@ def test_sigterm_saves_and_a_killed_sampler_is_replaced_without_loss(tmp_path):
     wait_for(lambda: len(steps(run)) >= 1, trains, run)
     os.killpg(first.pid, signal.SIGKILL)  # the supervisor; its engine must go with it
     os.killpg(trains.pid, signal.SIGTERM)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while group_alive(trains) and time.monotonic() < deadline:  # the launcher is gone at once, its ranks still save
         time.sleep(0.1)
     saved = [path.name for path in listed(run / "checkpoints")]
@@ -312,7 +312,7 @@ def test_sigterm_saves_and_a_killed_sampler_is_replaced_without_loss(tmp_path):
     assert int(saved[-1][1:9]) == done, "a stop loses no step"
     second, trains = sampler(run), deepspeed(run)
     assert finished(trains, run) == 0
-    assert finished(second, run, 60) == 0
+    assert finished(second, run) == 0
     assert audit(run) == list(range(24))
     assert no_engine_left(run)
 
@@ -326,7 +326,7 @@ def test_a_stop_in_the_first_seconds_ends_the_trainer_and_all_that_it_started(tm
     trainer = start(*words, log=run.with_suffix(".trainer.log"), cold=True)  # a warm one has no command line
     wait_for(lambda: any("deepspeed.launcher" in line for line in descendants_of(run)), trainer, run)
     trainer.send_signal(number)
-    code = trainer.wait(90)
+    code = trainer.wait(300)
     assert code in ((0, 143) if number == signal.SIGTERM else (-number,)), code
     deadline = time.monotonic() + 120
     while descendants_of(run) and time.monotonic() < deadline:
@@ -353,7 +353,7 @@ def test_gsm8k_with_adapters_in_bfloat16(tmp_path):
     recipe.write_text(text.replace("[objective]", '[objective]\nname = "grpo"\ndual_clip = 3.0'))
     samples, trains = sampler(run, recipe, "--gpus", "2"), deepspeed(run, recipe)
     assert finished(trains, run) == 0, run.with_suffix(".trainer.log").read_text()[-3000:]
-    assert finished(samples, run, 60) == 0, run.with_suffix(".sampler.log").read_text()[-3000:]
+    assert finished(samples, run) == 0, run.with_suffix(".sampler.log").read_text()[-3000:]
     assert "sampler: 2 engines (CPU processes)" in run.with_suffix(".sampler.log").read_text()
     assert steps(run)[0]["kl"] == 0.0
     assert steps(run)[-1]["kl"] > 0.0
@@ -394,11 +394,11 @@ def test_ctrl_c_once_saves_ends_everything_and_the_same_command_goes_on(tmp_path
     first = start(*command, log=tmp_path / "launch.log")
     wait_for(lambda: len(steps(run)) >= 1, first, run)
     first.send_signal(signal.SIGINT)  # the terminal's own; workers live in sessions of their own
-    assert first.wait(60) == 130
+    assert first.wait(300) == 130
     assert no_engine_left(run)
     done = len(steps(run))
     assert int(listed(run / "checkpoints")[-1].name[1:9]) == done
-    assert start(*command, log=tmp_path / "launch.log").wait(240) in (0, 1)
+    assert start(*command, log=tmp_path / "launch.log").wait(600) in (0, 1)
     assert audit(run) == list(range(24))
     assert no_engine_left(run)
 
@@ -434,7 +434,7 @@ def audit(run: Path) -> list[int]:
 
 def wait_for(condition, process: Process, run: Path) -> None:
     """Until the condition holds; fails with the logs when the process ends before."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not condition():
         if time.monotonic() > deadline or process.poll() is not None:
             logs = [*run.parent.glob("*.log"), *run.glob("logs/*.log")]

@@ -216,7 +216,7 @@ def test_a_stop_leaves_no_process_and_no_result(rundir, tmp_path, moment, number
     with log.open("wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
     word = {"loading": "EngineCore", "sampling": "/200 prompts"}[moment]
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     try:
         while word not in log.read_text() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.1)
@@ -224,11 +224,11 @@ def test_a_stop_leaves_no_process_and_no_result(rundir, tmp_path, moment, number
         started = processes(str(tmp_path))
         assert len(started) >= 3, "the check for leftovers would see nothing"
         process.send_signal(number)
-        assert process.wait(60) == (130 if number == signal.SIGINT else -number), log.read_text()[-3000:]
+        assert process.wait(200) == (130 if number == signal.SIGINT else -number), log.read_text()[-3000:]
     finally:
         process.kill()  # the others go with it
         process.wait()
-    _, alive = psutil.wait_procs(started, timeout=40)
+    _, alive = psutil.wait_procs(started, timeout=120)
     assert not alive and not processes(str(tmp_path))
     assert not out.exists()
     if moment == "sampling":  # vLLM writes tracebacks of its own, in prefixed lines, and others while it loads

@@ -248,7 +248,7 @@ def test_a_hung_function_is_killed_in_time_and_its_worker_replaced(mine, name):
         with pytest.raises(RewardFailed) as failed:
             await pool.score("", ["x"], {"answer": "4"})
         assert (failed.value.function, failed.value.kind) == (name, "timeout")
-        assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 20
+        assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 60
         again = asyncio.create_task(pool.score("", ["x"], {"answer": "4"}))
         with pytest.raises(RewardFailed, match="timeout"):
             await again

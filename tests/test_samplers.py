@@ -203,9 +203,10 @@ def stop_when_up(place: Path, count: int, number: int) -> None:
 def test_asking_for_gpus_does_not_stop_the_event_loop(monkeypatch):
     """nvidia-smi may take its time; the trainer waits for a sign of life meanwhile."""
     asked = threading.Event()
+    heard = []
 
     def slow() -> list[str]:
-        asked.wait(10)
+        heard.append(asked.wait(60))
         return []
 
     monkeypatch.setattr(replica, "visible_gpus", slow)
@@ -216,9 +217,8 @@ def test_asking_for_gpus_does_not_stop_the_event_loop(monkeypatch):
         asked.set()
         reporting.cancel()
 
-    began = time.monotonic()
     asyncio.run(both())
-    assert time.monotonic() - began < 5
+    assert heard == [True]  # a loop that stands still would not have set it
 
 
 # -- out of memory ---------------------------------------------------------------------------------------------------

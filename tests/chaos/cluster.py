@@ -337,7 +337,7 @@ class Cluster:
 
     def leftovers(self) -> list[str]:
         """Half-written directories and processes that nobody will end any more."""
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while (found := self._children()) and time.monotonic() < deadline:
             self._reap()
             time.sleep(0.05)
