@@ -48,7 +48,7 @@ group_size = 4
 max_tokens = 12
 [[reward]]
 function = "{rewards}:vowels"
-options = {{ scale = 0.5 }}
+options = {{ scale = 0.5, pause_s = {pause_s} }}
 [eval]
 temperature = 1.0
 [objective]
@@ -65,6 +65,7 @@ checkpoint_every = 2
 gradient_checkpointing = false
 threads = 1
 [sampler]
+reward_workers = 1
 max_running = 32
 compile = false
 cpu_kv_cache_gb = 0.1
@@ -75,11 +76,17 @@ dead_s = 5.0
 """
 
 
-def make_recipe(directory: Path, dtype: str = "float32", data: str = "word-problems", extra: str = "") -> Path:
+PAUSE_S = 0.25
+"""Between two groups of a run that must not be over before something was done to it: its 24 groups take six seconds."""
+
+
+def make_recipe(
+    directory: Path, dtype: str = "float32", data: str = "word-problems", extra: str = "", pause_s: float = 0.0
+) -> Path:
     model = make_model(directory / "model")
     held_out = data if data.endswith(".jsonl") else "word-problems:test"
     rewards = Path(__file__).with_name("rewards_for_tests.py")
-    text = RECIPE.format(model=model, dtype=dtype, train=data, eval=held_out, rewards=rewards)
+    text = RECIPE.format(model=model, dtype=dtype, train=data, eval=held_out, rewards=rewards, pause_s=pause_s)
     (directory / "tiny.toml").write_text(text + extra)
     return directory / "tiny.toml"
 
@@ -265,7 +272,7 @@ def test_starting_a_complete_run_again_does_nothing_and_succeeds(whole):
 @pytest.mark.long
 @pytest.mark.fault("B4")
 def test_a_dead_engine_ends_its_sampler_which_says_so_and_a_new_one_takes_over(tmp_path):
-    recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    recipe, run = make_recipe(tmp_path, pause_s=PAUSE_S), tmp_path / "run"
     samples, trains = sampler(run, recipe), deepspeed(run, recipe)
     wait_for(lambda: engines(samples), trains, run)  # now, because soon after its first step the run is over
     [engine] = engines(samples)
@@ -285,7 +292,7 @@ def test_a_dead_engine_ends_its_sampler_which_says_so_and_a_new_one_takes_over(t
 
 def test_a_killed_trainer_resumes_while_its_sampler_stays(tmp_path):
     """kill -9 of all ranks in mid-run: nothing is lost, nothing trained twice, and the sampler is not restarted."""
-    recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    recipe, run = make_recipe(tmp_path, pause_s=PAUSE_S), tmp_path / "run"
     samples, trains = sampler(run, recipe), deepspeed(run, recipe)
     wait_for(lambda: len(steps(run)) >= 3, trains, run)
     os.killpg(trains.pid, signal.SIGKILL)
@@ -298,7 +305,7 @@ def test_a_killed_trainer_resumes_while_its_sampler_stays(tmp_path):
 
 @pytest.mark.fault("B5")
 def test_sigterm_saves_and_a_killed_sampler_is_replaced_without_loss(tmp_path):
-    recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    recipe, run = make_recipe(tmp_path, pause_s=PAUSE_S), tmp_path / "run"
     first, trains = sampler(run, recipe), deepspeed(run, recipe)
     wait_for(lambda: len(steps(run)) >= 1, trains, run)
     os.killpg(first.pid, signal.SIGKILL)  # the supervisor; its engine must go with it
@@ -389,7 +396,7 @@ def test_the_launcher_runs_a_recipe_from_start_to_summary(tmp_path, capsys, monk
 
 @pytest.mark.long
 def test_ctrl_c_once_saves_ends_everything_and_the_same_command_goes_on(tmp_path):
-    recipe, run = make_recipe(tmp_path), tmp_path / "run"
+    recipe, run = make_recipe(tmp_path, pause_s=PAUSE_S), tmp_path / "run"
     command = ["-m", "launch", str(recipe), "--run", str(run)]
     first = start(*command, log=tmp_path / "launch.log")
     wait_for(lambda: len(steps(run)) >= 1, first, run)
