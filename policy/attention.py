@@ -62,7 +62,7 @@ class Segments:
         """
         segment = torch.arange(len(self.queries) - 1, device=self.seen.device)
         sees = torch.zeros(len(segment), tokens, dtype=torch.bool, device=self.seen.device)
-        # Not `= True`: torch would copy that from the host, which waits for the GPU.
+        # `= True` would copy a number from the host to the GPU. This one is made on the GPU.
         sees[segment.repeat_interleave(self.keys.diff(), output_size=len(self.seen)), self.seen] = sees.new_ones(())
         visible = sees[segment.repeat_interleave(self.queries.diff(), output_size=tokens)].tril_()
         added = torch.zeros(tokens, -(-tokens // 16) * 16, dtype=dtype, device=self.seen.device)[:, :tokens]

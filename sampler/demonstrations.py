@@ -83,14 +83,14 @@ def _behind(
 
 
 def _text(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Without special tokens."""
+    """Returns the text of the ids, without special tokens."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str), "the ids of one text make one text"
     return text
 
 
 def _sound(found: list[list[int] | str], data: Data) -> list[list[int]]:
-    """All of them. Raises UserError where one is said to be wrong."""
+    """Returns all of them. Raises UserError where one is a text, which says why it is wrong."""
     wrong = [index for index, ids in enumerate(found) if isinstance(ids, str)]
     if wrong:
         raise UserError(

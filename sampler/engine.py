@@ -235,10 +235,10 @@ def sampling_parameters(settings: dict, ends: list[int]) -> SamplingParams:
 
 def _sampled(output: CompletionOutput, stop_after: Sequence[str], specials: Sequence[int]) -> Sampled:
     """vLLM's text ends before the text that ended it, which may begin in the middle of a token."""
-    assert isinstance(output.logprobs, FlatLogprobs), "`sampling_parameters` asks for them"
-    assert output.weight_versions is not None, "every final output has them"
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a completion by {output.finish_reason!r}, expected 'stop' or 'length'")
+    assert isinstance(output.logprobs, FlatLogprobs), "`sampling_parameters` asks for them"
+    assert output.weight_versions is not None, "every final output has them"
     tokens = np.asarray(output.token_ids, np.int64)
     logprobs = np.asarray(output.logprobs.logprobs, np.float32)  # flat: one for each token, no others were asked for
     if output.logprobs.token_ids != list(output.token_ids):

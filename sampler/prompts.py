@@ -173,8 +173,11 @@ def tokenize(
     `open_turn` ends them with the header of the assistant's turn, which is not its own task.
     """
     if tokenizer.chat_template is None:
-        return tokenizer([text for text in messages if isinstance(text, str)])["input_ids"]
+        texts = [text for text in messages if isinstance(text, str)]
+        assert len(texts) == len(messages), "without a chat template every prompt is a text"
+        return tokenizer(texts)["input_ids"]
     conversations = [conversation for conversation in messages if not isinstance(conversation, str)]
+    assert len(conversations) == len(messages), "with a chat template every prompt is a conversation"
     from jinja2 import TemplateError
 
     try:

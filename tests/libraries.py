@@ -3,7 +3,8 @@
 import os
 
 _before = dict(os.environ)
-os.environ.update({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})  # before DeepSpeed looks for a GPU
+# Before the imports: DeepSpeed looks for a GPU then, huggingface_hub for its mode, and no test needs the hub.
+os.environ.update({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
 
 import deepspeed.launcher.runner  # noqa: E402, F401
 

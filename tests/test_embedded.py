@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -139,8 +138,6 @@ def test_the_embedded_tokenizer_round_trips_and_renders_chat(smollm2: Path):
 
 
 @pytest.mark.slow
-def test_a_second_call_is_instant_and_loads_no_torch(smollm2: Path):
+def test_a_second_call_loads_no_torch(smollm2: Path):
     script = "import sys; from policy.embedded import embedded; embedded(sys.argv[1]);assert 'torch' not in sys.modules"
-    started = time.monotonic()
     subprocess.run([sys.executable, "-c", script, NAME], check=True, cwd=REPOSITORY)
-    assert time.monotonic() - started < 30

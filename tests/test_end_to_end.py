@@ -1,4 +1,4 @@
-"""The two real workers, started as a user starts them, joined by ZeroMQ and a directory: vLLM, DeepSpeed, 2 ranks.
+"""The two real workers, joined by ZeroMQ and a directory: vLLM and DeepSpeed with two ranks, as a user starts them.
 
 The model is random and tiny; everything else is what a real run uses.
 """
@@ -72,7 +72,7 @@ cpu_kv_cache_gb = 0.1
 threads = 1
 [network]
 beat_s = 1.0
-dead_s = 5.0
+dead_s = 10.0
 """
 
 
@@ -95,14 +95,14 @@ Process = subprocess.Popen | Warm
 
 
 def start(*words: str, log: Path, cold: bool = False) -> Process:
-    """What stands after `python` on a command line. cold: by a new Python, which imports the engines' libraries."""
+    """Starts what stands after `python` on a command line. cold: with a new Python, which imports the libraries."""
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "VESPER_TEST": str(log.parent)}
     if cold:
         command = [sys.executable, *words]
         with log.open("ab") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     else:
-        process = Warm(words, environment, log)
+        process = warm.start(words, environment, log)
     STARTED.append(process)
     return process
 
@@ -192,7 +192,7 @@ def no_engine_left(run: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One complete run of the two workers; the sampler comes first and has to wait."""
+    """One complete run of the two workers, started by the commands of the README. The sampler is started first."""
     directory = tmp_path_factory.mktemp("whole")
     recipe, run = make_recipe(directory), directory / "run"
     samples = sampler(run, recipe, cold=True)
@@ -295,6 +295,7 @@ def test_a_killed_trainer_resumes_while_its_sampler_stays(tmp_path):
     recipe, run = make_recipe(tmp_path, pause_s=PAUSE_S), tmp_path / "run"
     samples, trains = sampler(run, recipe), deepspeed(run, recipe)
     wait_for(lambda: len(steps(run)) >= 3, trains, run)
+    assert {samples.pid, trains.pid} <= set(pids_of(run)), "the check for leftovers would not see them"
     os.killpg(trains.pid, signal.SIGKILL)
     trains.wait()
     assert finished(deepspeed(run), run) == 0

@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -85,11 +84,9 @@ try: runpy.run_module('{module}', run_name='__main__')
 except SystemExit: pass
 print(sorted({HEAVY} & set(sys.modules)))
 """
-    began = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("[]"), out[-300:]
     assert "usage" in out
-    assert time.monotonic() - began < 30  # generous: a machine may be busy
 
 
 def test_the_loops_stay_short():

@@ -223,7 +223,7 @@ async def sample(rundir: RunDir, recipe, model: Path) -> None:
 
 
 def trainer(*words: str, log: Path, until: Callable[[], bool] = lambda: False) -> int:
-    """Two ranks, started as a user does; killed with all their processes when `until` holds."""
+    """Runs two ranks to their end, or kills them and all their processes when `until` holds. Returns the exit code."""
     log.write_text("")
     process = Warm(["-m", "trainer", "--gpus", "2", *words], os.environ, log)
     deadline = time.monotonic() + 600

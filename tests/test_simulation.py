@@ -95,10 +95,8 @@ def test_every_exam_has_one_answer_to_each_held_out_prompt(few):
 
 
 @pytest.mark.long
-def test_new_histories_have_no_violation(capsys):
+def test_new_histories_have_no_violation():
     first = first_seed() * NEW
-    with capsys.disabled():
-        print(f"\nhistories {first} to {first + NEW - 1}")  # noqa: T201
     batch = run(first, NEW, stop_at=3)
     assert not batch.violations, told(batch)
 

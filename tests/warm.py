@@ -6,6 +6,10 @@ child of `multiprocessing`'s fork server. The programs that such a child starts 
 tree of processes, their sessions and what ends with what are those of the real commands. vLLM's engine process is
 started by vLLM itself, as always.
 
+Three things differ. Variables that a library reads when it is imported have no effect, for example OMP_NUM_THREADS and
+PYTHONWARNINGS. Functions of `atexit` are not called. The command line and the environment in /proc are those of the
+fork server. A warm process knows no GPU, so where there is one `start` and `run` take a new Python.
+
 Tests of how a command is started use `subprocess`: `tests/test_end_to_end.py` has both kinds.
 """
 
@@ -22,6 +26,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from protocol.process import visible_gpus
 
 FORKED = ("trainer", "sampler", "launch", "deepspeed.launcher.launch", "tests.")
 """Modules that are forked when a warm process starts them. Others are started as always: the processes that run reward
@@ -74,13 +80,28 @@ class Warm:
         self.send_signal(signal.SIGKILL)
 
 
+def start(words: Sequence[str], environment: Mapping[str, str], output: Path) -> Warm | subprocess.Popen:
+    """Starts a program in a session of its own; its output and errors go to one file."""
+    if not visible_gpus():
+        return Warm(words, environment, output)
+    with output.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, *words], stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+
+
 Done = subprocess.CompletedProcess[str]
 
 
 def run(words: Sequence[str], environment: Mapping[str, str], timeout: float = 600.0) -> Done:
     """Runs a program to its end. Raises subprocess.TimeoutExpired after it has killed it."""
+    if visible_gpus():
+        command = [sys.executable, *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     with tempfile.TemporaryDirectory() as place:
         output, errors = Path(place, "output"), Path(place, "errors")
+        output.touch()
+        errors.touch()
         program = Warm(words, environment, output, errors)
         try:
             code = program.wait(timeout)
@@ -99,7 +120,7 @@ def _begin(words: list[str], environment: dict[str, str], files: tuple[str, str]
         os.dup2(opened, descriptor)
         os.close(opened)
     os.environ.clear()
-    os.environ.update(SET_BY_IMPORTS | environment)
+    os.environ.update(environment | SET_BY_IMPORTS)  # what the imports have found stays true
     subprocess.Popen = _ForkingPopen
     _forget_the_parent()
     _run(words)

@@ -44,7 +44,7 @@ class Spending(Protocol):
 
 
 class Keeper(Spending, Protocol[SourceT_contra]):
-    """What keeps the weights. It may ask more of the source than the loop does, so it names the kind that it takes."""
+    """It keeps the weights. It may ask more of its source than the loop does, so it names the kind of source."""
 
     def publish(self, policy: Policy) -> Pulse: ...
 

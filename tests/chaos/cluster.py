@@ -36,7 +36,7 @@ ALL_GONE_S = 180.0
 """All ranks must have ended so long after the first one died."""
 LAUNCHER_S = 2.0
 """Ranks that have not met yet are ended by their launcher so soon after one of them died."""
-STALL_S = 90.0
+STALL_S = 300.0
 """No step for so long, whatever was done to the processes, is a stall."""
 RETRIED = {0, 66, 71, 73, 75, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1}
 """Ways to end after which a supervisor starts the process again. Others are bugs or refusals, which no fault may
