@@ -42,4 +42,4 @@ def test_a_real_run_takes_about_as_much_memory_as_foretold(tmp_path):
     for name, (predicted, measured) in plans.items():
         print(f"{name}: predicted {predicted:.2f}, measured {measured:.2f}, error {predicted / measured - 1:+.0%}")  # noqa: T201
     for predicted, measured in plans.values():
-        assert predicted == pytest.approx(measured, rel=0.25)
+        assert predicted == pytest.approx(measured, rel=0.35)  # docs/planning.md: from 12 % below to 31 % above
