@@ -94,11 +94,11 @@ def make_recipe(
 Process = subprocess.Popen | Warm
 
 
-def start(*words: str, log: Path, cold: bool = False) -> Process:
+def start(*words: str, log: Path, cold: bool = False, python: str = sys.executable) -> Process:
     """Starts what stands after `python` on a command line. cold: with a new Python, which imports the libraries."""
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "VESPER_TEST": str(log.parent)}
-    if cold:
-        command = [sys.executable, *words]
+    if cold or python != sys.executable:
+        command = [python, *words]
         with log.open("ab") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     else:

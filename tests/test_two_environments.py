@@ -22,7 +22,17 @@ from policy.agreement import agree
 from policy.model import load_tokenizer
 from protocol.metrics import read_metrics
 from protocol.resolve import load
-from tests.test_end_to_end import exams, finished, make_recipe, no_engine_left, nothing_stays, sampler, start, steps
+from tests.test_end_to_end import (
+    Process,
+    exams,
+    finished,
+    make_recipe,
+    no_engine_left,
+    nothing_stays,
+    sampler,
+    start,
+    steps,
+)
 from tests.tiny import make_model
 
 __all__ = ["nothing_stays"]  # ends what a failed test leaves
@@ -97,7 +107,7 @@ def ask(python: str, code: str) -> str:
     return done.stdout.strip()
 
 
-def wait_for(path: Path, process: subprocess.Popen, log: Path) -> None:
+def wait_for(path: Path, process: Process, log: Path) -> None:
     deadline = time.monotonic() + 200
     while not path.exists():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -112,7 +122,8 @@ def whole(trainer_python, tmp_path_factory) -> Path:
     recipe, run, model = make_recipe(directory), directory / "run", directory / "model"
     recipe.write_text(recipe.read_text().replace("steps = 6", "steps = 2"))
     log = run.with_suffix(".trainer.log")
-    trains = start(trainer_python, "-m", "trainer", "--run", str(run), "--recipe", str(recipe), log=log)
+    words = ["-m", "trainer", "--run", str(run), "--recipe", str(recipe)]
+    trains = start(*words, log=log, python=trainer_python)
     wait_for(run / "endpoint.json", trains, log)
     model.rename(directory / "kept")
     make_model(model, llama=True)
