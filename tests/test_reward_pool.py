@@ -491,14 +491,22 @@ def test_a_column_that_a_function_needs_is_missed_at_the_start():
     with_pool([Reward(function="gsm8k"), Reward(function="format_think_answer")], use)
 
 
-def test_leaving_the_pool_leaves_no_process_and_no_directory(mine):
+def test_leaving_the_pool_leaves_no_process_and_no_directory(mine, tmp_path, monkeypatch):
     async def use(pool: RewardPool):
         got = await pool.score("", ["x"], {})
         return int(got.rewards[0])
 
-    before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("reward-*"))
-    assert gone(with_pool([Reward(function=f"{mine}:identity")], use))
-    assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("reward-*")) <= before
+    homes = tmp_path / "homes"  # of this test alone: another file may run beside it
+    homes.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(homes))
+    seen = []
+
+    async def look(pool: RewardPool):
+        seen.extend(homes.glob("reward-*"))
+        return await use(pool)
+
+    assert gone(with_pool([Reward(function=f"{mine}:identity")], look))
+    assert seen and not list(homes.iterdir())
 
 
 def test_a_killed_sampler_takes_its_hung_workers_along(mine, tmp_path):
