@@ -360,8 +360,14 @@ for _ in {1..600}; do sleep 0.1; done""",
 @pytest.mark.slow
 @pytest.mark.long
 def test_ranks_start_where_slurm_hands_the_jobs_cpus_to_every_step(slurm, recipe, tmp_path):
+    """The sampler ends last: when it ends, the batch file signals the ranks, which perhaps have said nothing yet."""
     python = worker(
-        tmp_path / "python", 'echo "$2 $SLURM_NODEID $SLURM_LOCALID of $SLURM_STEP_NUM_TASKS$SLURM_TRES_PER_TASK"'
+        tmp_path / "python",
+        f"""\
+echo "$2 $SLURM_NODEID $SLURM_LOCALID of $SLURM_STEP_NUM_TASKS$SLURM_TRES_PER_TASK"
+touch {tmp_path}/$2.$SLURM_NODEID.$SLURM_LOCALID
+[[ $2 = sampler ]] || exit 0
+for _ in {{1..1200}}; do [[ $(ls {tmp_path} | grep -c ^trainer) = 4 ]] && exit 0; sleep 0.1; done""",
     )
     flags = ["--shape", "nodes", "--trainer-nodes", "2", "--cpus-per-node", "4", "--set", "trainer.gpus=2"]
     flags += ["--python", str(python), "--setup", "export SRUN_CPUS_PER_TASK=4 SLURM_TRES_PER_TASK=cpu:4"]
