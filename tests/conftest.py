@@ -1,4 +1,4 @@
-"""For every test file: a clean environment, a Ctrl-C that is heard, new seeds, and a table of seconds."""
+"""Every test file gets a clean environment and hears Ctrl-C; a run has new seeds and ends with a table of seconds."""
 
 import os
 import signal

@@ -111,7 +111,7 @@ def run(words: Sequence[str], environment: Mapping[str, str], timeout: float = 6
 
 
 def _begin(words: list[str], environment: dict[str, str], files: tuple[str, str]) -> None:
-    """In a child of the fork server."""
+    """Runs the program in a child of the fork server."""
     from tests.libraries import SET_BY_IMPORTS
 
     os.setsid()
@@ -127,7 +127,7 @@ def _begin(words: list[str], environment: dict[str, str], files: tuple[str, str]
 
 
 def _run(words: Sequence[str]) -> None:
-    """What `python WORDS` does after its start."""
+    """Does what `python WORDS` does after its start."""
     left = list(words)
     if left[0] == "-u":
         sys.stdout.reconfigure(write_through=True)  # pyright: ignore[reportAttributeAccessIssue]
@@ -159,7 +159,7 @@ class _ForkingPopen(subprocess.Popen):
 
 
 def _is_forked(command: object) -> bool:
-    """Not from a process with threads: what a thread has locked would stay locked in the child."""
+    """A process with threads does not fork: what a thread has locked would stay locked in the child."""
     if not isinstance(command, list) or command[0] != sys.executable or threading.active_count() > 1:
         return False
     words = [word for word in command[1:] if word != "-u"]
@@ -211,7 +211,7 @@ def _let_go_of_files() -> None:
 
 
 def _forget_the_parent() -> None:
-    """Handlers of signals, of the log and of the exit that the parent had set."""
+    """Removes the handlers of signals, of the log and of the exit that the parent had set."""
     atexit._clear()
     logging.getLogger().handlers.clear()
     for number in signal.valid_signals():
